@@ -1,0 +1,222 @@
+"""A libp2p host with only what Shoal trusts in it, and py-libp2p 0.8.1's traps disarmed.
+
+Everything that depends on that version's private parts stands in this module; the library
+is pinned exactly and the contract tests cover each of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any, Final
+
+import libp2p.network.swarm as swarm_module
+import trio
+from libp2p import new_host
+from libp2p.abc import IHost, INetStream
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+from shoal.network.identity import NodeIdentity
+from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits
+from shoal.protocol.errors import InvalidRequest
+
+_HANDSHAKE_TIMEOUT_S: Final = 10.0
+_GOSSIP_PROTOCOL: Final = TProtocol("/meshsub/1.1.0")
+_GOSSIP_MESSAGES_PER_S: Final = 50.0
+_MAX_ADDRESS_CHARS: Final = 512
+
+# Warnings of the library tell of ordinary churn (a stranger hung up) and flood stderr.
+logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+
+# The dialler waits this long for its first attempt to *fail* before it looks whether it
+# succeeded, so the library's 250 ms are added to every dial.
+swarm_module._HAPPY_EYEBALLS_DELAY = 0.01
+
+
+def build_host(identity: NodeIdentity, listen: Multiaddr | None, limits: Limits) -> IHost:
+    """A TCP host that speaks Noise and Yamux only.
+
+    The library's own default also offers TLS, secio and *plaintext*, so the security
+    options are always named here.
+    """
+    keys = create_new_key_pair(identity.secret_seed())
+    noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
+    host = new_host(
+        key_pair=keys,
+        listen_addrs=[listen] if listen else None,
+        sec_opt={NOISE_ID: noise},
+        muxer_opt={TProtocol(YAMUX_ID): Yamux},
+        disable_identify_address_discovery=True,
+        connection_config=ConnectionConfig(
+            max_connections=limits.max_connections,
+            # No automatic dialling and no pruning: who is connected is decided by Shoal.
+            min_connections=0,
+            low_watermark=0,
+            high_watermark=limits.max_connections,
+            inbound_upgrade_timeout=_HANDSHAKE_TIMEOUT_S,
+            outbound_upgrade_timeout=_HANDSHAKE_TIMEOUT_S,
+        ),
+    )
+    swarm = swarm_of(host)
+    # Dials are retried by their callers, who know their deadline.
+    swarm.retry_config.max_retries = 0
+    # The default manager refuses peers by process memory, by rate and by a circuit breaker,
+    # none of which says so to anyone; Shoal's own caps are in `Limits`.
+    swarm.set_resource_manager(None)
+    _release_slots_of_closed_connections(swarm)
+    return host
+
+
+def swarm_of(host: IHost) -> Swarm:
+    """The host's swarm, by its concrete type."""
+    network = host.get_network()
+    if not isinstance(network, Swarm):
+        raise TypeError(f"expected a Swarm, found {type(network).__name__}")
+    return network
+
+
+def cap_streams(host: IHost, limits: Limits) -> None:
+    """A peer that already holds `max_streams_per_peer` streams has further ones reset."""
+    swarm = swarm_of(host)
+    accept = swarm.common_stream_handler
+    held: dict[ID, int] = {}
+
+    async def guarded(stream: INetStream) -> None:
+        peer = stream.muxed_conn.peer_id
+        if held.get(peer, 0) >= limits.max_streams_per_peer:
+            await stream.reset()
+            return
+        held[peer] = held.get(peer, 0) + 1
+        try:
+            await accept(stream)
+        finally:
+            held[peer] -= 1
+            if not held[peer]:
+                del held[peer]
+
+    swarm.set_stream_handler(guarded)
+
+
+def build_gossip(host: IHost) -> tuple[Pubsub, GossipSub]:
+    """A signed gossip router, sized for announcements rather than for bulk."""
+    router = GossipSub(
+        protocols=[_GOSSIP_PROTOCOL],
+        degree=6,
+        degree_low=4,
+        degree_high=12,
+        # The library's default of 120 s leaves a new peer outside the mesh for two minutes.
+        heartbeat_interval=1,
+        # Its default of 10 loses messages silently at modest rates.
+        max_messages_per_topic_per_second=_GOSSIP_MESSAGES_PER_S,
+    )
+    pubsub = Pubsub(
+        host,
+        router,
+        strict_signing=True,
+        cache_size=1024,
+        max_inbound_rpc_size=4 * MAX_TOPIC_MESSAGE_BYTES,
+        max_subscriptions_per_peer=64,
+    )
+    return pubsub, router
+
+
+def parse_listen(address: str) -> Multiaddr:
+    """The listen address, once it is known to be a TCP address on an IP.
+
+    Raises:
+        InvalidRequest: It is not, or its port is taken.
+    """
+    parsed = _parse(address)
+    names = [protocol.name for protocol in parsed.protocols()]
+    if len(names) != 2 or names[0] not in {"ip4", "ip6"} or names[1] != "tcp":
+        raise InvalidRequest(
+            f"The listen address {address!r} is not of the form /ip4/127.0.0.1/tcp/4001; "
+            "name an IP address and a TCP port."
+        )
+    _probe_port(parsed, names[0], address)
+    return parsed
+
+
+def parse_peer(address: str) -> PeerInfo:
+    """Who to dial and where.
+
+    Raises:
+        InvalidRequest: The address is malformed or does not end in ``/p2p/<peer_id>``.
+    """
+    parsed = _parse(address)
+    try:
+        return info_from_p2p_addr(parsed)
+    except Exception as error:  # the library raises several unrelated classes here
+        raise InvalidRequest(
+            f"The address {address!r} does not end in /p2p/ and a peer id; "
+            "copy it whole from the node's start-up line."
+        ) from error
+
+
+def _parse(address: str) -> Multiaddr:
+    if len(address) > _MAX_ADDRESS_CHARS:
+        raise InvalidRequest(
+            f"An address of {len(address)} characters is over the limit of {_MAX_ADDRESS_CHARS}."
+        )
+    try:
+        return Multiaddr(address)
+    except (MultiaddrError, ValueError, UnicodeError) as error:
+        raise InvalidRequest(
+            f"{address!r} is not a network address; write it like /ip4/127.0.0.1/tcp/4001."
+        ) from error
+
+
+def _probe_port(parsed: Multiaddr, family: str, address: str) -> None:
+    """Binds and releases the port without SO_REUSEPORT.
+
+    The library listens with SO_REUSEPORT, so two nodes of one user would share a port and
+    each receive half of the other's connections.
+    """
+    host, port = parsed.value_for_protocol(family), int(str(parsed.value_for_protocol("tcp")))
+    kind = socket.AF_INET6 if family == "ip6" else socket.AF_INET
+    with socket.socket(kind, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InvalidRequest(
+                f"Cannot listen on {address}: {(error.strerror or str(error)).lower()}; "
+                "stop what holds it or choose another port.",
+                code="address_unavailable",
+            ) from error
+
+
+def _release_slots_of_closed_connections(swarm: Swarm) -> None:
+    """An inbound connection holds its slot for its own life, not for the swarm's.
+
+    The library's handler waits for the swarm to end, so a node would refuse every
+    newcomer after `max_connections` connections in total.
+    """
+
+    async def serve_connection(raw: Any, address: Multiaddr, _event: object) -> None:
+        try:
+            muxed = await swarm.upgrade_inbound_raw_conn(RawConnection(raw, False), address)
+        except Exception as error:  # noqa: BLE001  a stranger's handshake may fail in any way
+            logging.getLogger(__name__).debug("refused a connection: %s", error)
+            with trio.move_on_after(1, shield=True):
+                await raw.close()
+            return
+        closed = getattr(muxed, "event_closed", None)
+        if isinstance(closed, trio.Event):
+            await closed.wait()
+
+    setattr(swarm, "_do_handle_inbound_connection", serve_connection)  # noqa: B010

@@ -1,0 +1,178 @@
+"""A thread of its own for trio, which libp2p runs on, with one door from asyncio and one back."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Final, TypeVar
+
+import trio
+from shoal.protocol.errors import Unavailable
+
+T = TypeVar("T")
+_LOG: Final = logging.getLogger(__name__)
+_STOP_TIMEOUT_S: Final = 5.0
+
+Service = Callable[["TrioThread", Callable[[], None]], Awaitable[None]]
+
+
+class TrioThread:
+    """Runs one trio service in a daemon thread and carries calls across.
+
+    Args:
+        name: The thread's name, seen in stack dumps.
+        service: Called in the thread as ``service(self, started)``; it calls `started` once
+            it may be used, and runs until it is cancelled.
+    """
+
+    def __init__(self, name: str, service: Service) -> None:
+        self._service = service
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._scope: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self) -> None:
+        """The service has called `started`; whatever it raised before that is raised here."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        try:
+            await asyncio.wrap_future(self._started)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """The service is cancelled and the thread has ended."""
+        self._post(self._cancel)
+        await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            _LOG.error("the network thread did not end within %s s", _STOP_TIMEOUT_S)
+
+    async def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """What `function` returns or raises when run in the trio thread.
+
+        Cancelling the caller cancels the call.
+
+        Raises:
+            Unavailable: The thread has ended, or ends before the call does.
+        """
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        scope = trio.CancelScope()
+
+        async def run() -> None:
+            try:
+                with scope:
+                    result = await function()
+                if scope.cancelled_caught:
+                    outcome.cancel()
+                elif not outcome.done():
+                    outcome.set_result(result)
+            except trio.Cancelled:
+                _fail(outcome, _stopped())
+                raise
+            except Exception as error:
+                _fail(outcome, error)
+
+        def begin() -> None:
+            try:
+                if self._nursery is None:
+                    raise RuntimeError("no nursery")
+                self._nursery.start_soon(run)
+            except RuntimeError:
+                _fail(outcome, _stopped())
+
+        if not self._post(begin):
+            raise _stopped()
+        try:
+            return await asyncio.wrap_future(outcome)
+        except asyncio.CancelledError:
+            self._post(scope.cancel)
+            raise
+
+    async def call_asyncio(self, coroutine: Coroutine[object, object, T]) -> T:
+        """What `coroutine` returns or raises when run in the asyncio loop; called from trio.
+
+        Cancelling the trio caller cancels the coroutine.
+        """
+        if self._loop is None or self._loop.is_closed():
+            coroutine.close()
+            raise _stopped()
+        done = trio.Event()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future.add_done_callback(lambda _: self._post(done.set))
+        try:
+            await done.wait()
+        except trio.Cancelled:
+            future.cancel()
+            raise
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise _stopped() from None
+
+    def post_asyncio(self, function: Callable[[], None]) -> None:
+        """`function` will run in the asyncio loop, unless that loop is already closed."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+    def _post(self, function: Callable[[], object]) -> bool:
+        """Runs `function` soon in the trio thread; False when the thread has ended."""
+        if self._token is None:
+            return False
+        try:
+            self._token.run_sync_soon(function)
+        except trio.RunFinishedError:
+            return False
+        return True
+
+    def _cancel(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main, strict_exception_groups=True)
+        except BaseException as error:  # noqa: BLE001  the thread's edge: nothing above catches
+            self._ended(error)
+        else:
+            self._ended(_stopped())
+
+    def _ended(self, error: BaseException) -> None:
+        if not self._started.done():
+            cause = _first_leaf(error)
+            self._started.set_exception(cause)
+        elif not isinstance(error, Unavailable):
+            # Teardown of a busy swarm may end in "Nursery is closed to new arrivals" inside
+            # an exception group; the thread is gone either way, and callers were told.
+            _LOG.debug("the network thread ended with %r", error)
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as self._scope:
+            async with trio.open_nursery() as self._nursery:
+                await self._service(self, self._mark_started)
+
+    def _mark_started(self) -> None:
+        if not self._started.done():
+            self._started.set_result(None)
+
+
+def _fail(outcome: concurrent.futures.Future[T], error: Exception) -> None:
+    if not outcome.done():
+        outcome.set_exception(error)
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("This node's network has stopped; start it again.", code="network_stopped")
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

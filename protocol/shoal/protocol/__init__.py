@@ -1,0 +1,1 @@
+"""The words every part of Shoal shares: ids, money, errors, canonical form, signing, records."""

@@ -1,0 +1,193 @@
+"""Nodes and the messages between a worker and the orchestrator.
+
+Each libp2p protocol is one request and one reply::
+
+    /shoal/join/1       worker → orchestrator   JoinRequest      → JoinReply
+    /shoal/bid/1        worker → orchestrator   Signed[Bid]      → Signed[BidReceipt]
+    /shoal/lease/1      orchestrator → worker   LeaseOffer       → LeaseReply
+    /shoal/result/1     worker → orchestrator   ResultMessage    → ResultReply
+    /shoal/heartbeat/1  worker → orchestrator   Heartbeat        → HeartbeatReply
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from pydantic import Field
+from shoal.protocol.ids import Address, Hex32, Hex64, Name, PeerIdStr, Sha256, ShortId
+from shoal.protocol.job import LoraSpec
+from shoal.protocol.market import MAX_UNITS, Lease, TaskKind
+from shoal.protocol.money import MicrosField
+from shoal.protocol.record import Record
+from shoal.protocol.result import Receipt, Result, Verdict
+from shoal.protocol.signing import Domain, SignableRecord, Signed
+from shoal.protocol.task import Task
+
+PROTOCOL_VERSION = 1
+
+JOIN_PROTOCOL = "/shoal/join/1"
+BID_PROTOCOL = "/shoal/bid/1"
+LEASE_PROTOCOL = "/shoal/lease/1"
+RESULT_PROTOCOL = "/shoal/result/1"
+HEARTBEAT_PROTOCOL = "/shoal/heartbeat/1"
+
+LOTS_TOPIC = "shoal/lots/1"
+POLICIES_TOPIC = "shoal/policies/1"
+
+
+class NodeBinding(SignableRecord):
+    """Ties a node key to the account that is paid for the node's work.
+
+    Writer: the account (EIP-712); the node key countersigns `node_message` with Ed25519 in
+    the join request, so neither can claim the other.  Reader: the orchestrator, and anyone
+    who checks a provenance bundle.  The chain records it in ``StakeVault.bindNode``.
+    """
+
+    account: Address
+    node: PeerIdStr
+    node_key: Hex32
+    valid_from_ms: int = Field(ge=0, lt=2**63)
+
+    eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("account", "address"),
+        ("node", "string"),
+        ("nodeKey", "bytes32"),
+        ("validFromMs", "uint64"),
+    )
+
+    def eip712_message(self) -> dict[str, Any]:
+        """The fields the account signs."""
+        return {
+            "account": self.account,
+            "node": self.node,
+            "nodeKey": bytes.fromhex(self.node_key[2:]),
+            "validFromMs": self.valid_from_ms,
+        }
+
+    def node_message(self) -> bytes:
+        """The bytes the node key countersigns."""
+        return b"shoal node binding\n" + self.encode()
+
+
+class BoundNode(Record):
+    """A binding with both signatures."""
+
+    binding: Signed[NodeBinding]
+    node_signature: Hex64
+
+
+class JoinRequest(Record):
+    """A worker's introduction.  Writer: worker.  Reader: orchestrator."""
+
+    protocol_version: int = Field(ge=0, le=MAX_UNITS)
+    software_version: Name
+    chain_id: int = Field(ge=0, lt=2**63)
+    bound_node: BoundNode
+    name: Name
+    device: Name
+
+
+class OpenJob(Record):
+    """A job that accepts bids, as a worker needs to know it.
+
+    Writer: orchestrator.  Reader: the worker's bidder, which compares the reserves with its
+    floor prices and the size with its memory.
+    """
+
+    job_id: Hex32
+    name: Name
+    model: Name
+    num_parameters: int = Field(ge=1)
+    lora: LoraSpec
+    reserve_micros: dict[TaskKind, MicrosField]
+    epoch: int = Field(ge=0, le=MAX_UNITS)
+
+
+class JoinReply(Record):
+    """Writer: orchestrator.  Reader: worker."""
+
+    protocol_version: int
+    software_version: Name
+    domain: Domain
+    orchestrator: Address
+    min_stake_micros: MicrosField
+    blob_urls: tuple[str, ...] = Field(max_length=16)
+    heartbeat_ms: int = Field(ge=10, le=3_600_000)
+    open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
+
+
+class LeaseOffer(Record):
+    """A signed lease with its task.
+
+    ``upload_token`` is the bearer secret that lets this lease's result, and nothing else,
+    be stored with the orchestrator; ``max_result_bytes`` caps it.
+    """
+
+    lease: Signed[Lease]
+    task: Task
+    upload_token: str = Field(pattern=r"^[0-9a-f]{32,128}$")
+    max_result_bytes: int = Field(ge=1)
+
+
+class LeaseReply(Record):
+    """Absent ``refusal`` means the worker accepted; else why it will not do the work."""
+
+    lease_id: ShortId
+    refusal: str | None = Field(default=None, max_length=500)
+
+
+class ResultMessage(Record):
+    """A result, the provider's receipt for it, and the node's signed statement of it."""
+
+    result: Result
+    receipt: Signed[Receipt]
+    statement: str = Field(max_length=200_000)
+
+
+class ResultReply(Record):
+    """Writer: orchestrator.  Says only that the result is kept; the verdict follows."""
+
+    lease_id: ShortId
+    result_sha256: Sha256
+
+
+class LeaseProgress(Record):
+    """How far a lease has come; ``progress`` must rise for the lease to stay alive."""
+
+    lease_id: ShortId
+    lease_epoch: int = Field(ge=1, le=MAX_UNITS)
+    progress: int = Field(ge=0)
+
+
+class IdleReason(StrEnum):
+    """Why a worker without leases earns nothing just now."""
+
+    WORKING = "working"
+    NO_JOBS = "no_jobs"
+    ABOVE_RESERVE = "above_reserve"
+    OUTBID = "outbid"
+    NO_STAKE = "no_stake"
+    STARTING = "starting"
+
+
+class Heartbeat(Record):
+    """A worker's sign of life.  Writer: worker.  Reader: orchestrator.
+
+    ``acknowledged`` names verdicts received, so that each is delivered until it is.
+    """
+
+    leases: tuple[LeaseProgress, ...] = Field(max_length=256)
+    acknowledged: tuple[ShortId, ...] = Field(default=(), max_length=1024)
+
+
+class HeartbeatReply(Record):
+    """Writer: orchestrator.  Reader: worker.
+
+    ``revoked`` leases are to be dropped at once; ``verdicts`` are the provider's to keep.
+    """
+
+    revoked: tuple[ShortId, ...] = Field(max_length=256)
+    verdicts: tuple[Signed[Verdict], ...] = Field(max_length=256)
+    open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
+    idle_reason: IdleReason

@@ -1,0 +1,109 @@
+"""Account signatures: EIP-712 typed data over records.
+
+Source: EIP-712 (typed structured data), EIP-2 (low-s signatures).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Generic, TypeVar
+
+from eth_account import Account as EthAccount
+from eth_account.messages import encode_typed_data
+from eth_account.signers.local import LocalAccount
+from shoal.protocol.errors import PeerFault, Unauthorised
+from shoal.protocol.ids import Account, Address, Hex65
+from shoal.protocol.record import Record
+
+_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
+_RECOVERY_IDS = (27, 28)
+
+
+class Domain(Record):
+    """Where a signature counts: one chain and one escrow contract.
+
+    Writer: the orchestrator, in its greeting.  Reader: every signer and verifier.
+    """
+
+    chain_id: int
+    escrow: Address
+
+    def eip712(self) -> dict[str, Any]:
+        """The EIP-712 domain separator's fields."""
+        return {
+            "name": "Shoal",
+            "version": "1",
+            "chainId": self.chain_id,
+            "verifyingContract": self.escrow,
+        }
+
+
+class SignableRecord(Record):
+    """A record an account signs.
+
+    ``eip712_fields`` lists (name, Solidity type) in order; each name is a field of the
+    record or a key that `eip712_message` adds.
+    """
+
+    eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def eip712_message(self) -> dict[str, Any]:
+        """The values of ``eip712_fields``."""
+        return {name: getattr(self, name) for name, _ in self.eip712_fields}
+
+
+_S = TypeVar("_S", bound=SignableRecord)
+
+
+class Signed(Record, Generic[_S]):
+    """A record with its account's EIP-712 signature (65 bytes: r, s, v)."""
+
+    record: _S
+    signature: Hex65
+
+    def signer(self, domain: Domain) -> Account:
+        """The account that signed.
+
+        Raises:
+            PeerFault: the signature is not canonical (high s, odd v) or does not recover.
+        """
+        raw = bytes.fromhex(self.signature[2:])
+        if int.from_bytes(raw[32:64], "big") > _HALF_ORDER or raw[64] not in _RECOVERY_IDS:
+            raise PeerFault("The signature is not in canonical low-s form.", code="bad_signature")
+        try:
+            return Account(EthAccount.recover_message(_typed(self.record, domain), signature=raw))
+        except Exception as error:
+            raise PeerFault(
+                "The signature does not recover to any account.", code="bad_signature"
+            ) from error
+
+    def require_signer(self, domain: Domain, account: str) -> None:
+        """Passes only if ``account`` signed.
+
+        Raises:
+            Unauthorised: somebody else signed, or the domain (chain, escrow) differs.
+            PeerFault: the signature is malformed.
+        """
+        signer = self.signer(domain)
+        if signer.lower() != account.lower():
+            raise Unauthorised(
+                f"The {type(self.record).__name__} names {account} but is signed by {signer} "
+                f"(or for another chain than {domain.chain_id}); sign it with the named account.",
+                code="wrong_signer",
+            )
+
+
+def sign(record: _S, domain: Domain, account: LocalAccount) -> Signed[_S]:
+    """``record`` signed by ``account`` for ``domain``."""
+    signature = account.sign_message(_typed(record, domain)).signature
+    return Signed[type(record)](  # type: ignore[misc]  # parametrised at run time
+        record=record, signature="0x" + bytes(signature).hex()
+    )
+
+
+def _typed(record: SignableRecord, domain: Domain) -> Any:
+    types = {
+        type(record).__name__: [
+            {"name": name, "type": solidity} for name, solidity in record.eip712_fields
+        ]
+    }
+    return encode_typed_data(domain.eip712(), types, record.eip712_message())
