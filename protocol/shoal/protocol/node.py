@@ -2,6 +2,7 @@
 
 Each libp2p protocol is one request and one reply::
 
+    /shoal/hello/1      worker → orchestrator   HelloRequest     → HelloReply
     /shoal/join/1       worker → orchestrator   JoinRequest      → JoinReply
     /shoal/bid/1        worker → orchestrator   Signed[Bid]      → Signed[BidReceipt]
     /shoal/lease/1      orchestrator → worker   LeaseOffer       → LeaseReply
@@ -26,6 +27,7 @@ from shoal.protocol.task import Task
 
 PROTOCOL_VERSION = 1
 
+HELLO_PROTOCOL = "/shoal/hello/1"
 JOIN_PROTOCOL = "/shoal/join/1"
 BID_PROTOCOL = "/shoal/bid/1"
 LEASE_PROTOCOL = "/shoal/lease/1"
@@ -77,12 +79,44 @@ class BoundNode(Record):
     node_signature: Hex64
 
 
-class JoinRequest(Record):
-    """A worker's introduction.  Writer: worker.  Reader: orchestrator."""
+class ContractAddresses(Record):
+    """The contracts a deployment consists of."""
+
+    token: Address
+    stake_vault: Address
+    job_escrow: Address
+    provenance_log: Address
+
+
+class HelloRequest(Record):
+    """What a worker says first.  Writer: worker.  Reader: orchestrator."""
 
     protocol_version: int = Field(ge=0, le=MAX_UNITS)
     software_version: Name
-    chain_id: int = Field(ge=0, lt=2**63)
+
+
+class HelloReply(Record):
+    """Everything a worker needs before it can join: chain, contracts, where bytes are.
+
+    Writer: orchestrator.  Reader: worker.  ``rpc_urls`` are suggestions: a provider who
+    wants to trust no one points its worker at a node of its own.
+    """
+
+    protocol_version: int
+    software_version: Name
+    domain: Domain
+    contracts: ContractAddresses
+    orchestrator: Address
+    min_stake_micros: MicrosField
+    rpc_urls: tuple[str, ...] = Field(max_length=16)
+    api_url: str = Field(max_length=500)
+    blob_urls: tuple[str, ...] = Field(max_length=16)
+    heartbeat_ms: int = Field(ge=10, le=3_600_000)
+
+
+class JoinRequest(Record):
+    """A worker's credentials.  Writer: worker.  Reader: orchestrator."""
+
     bound_node: BoundNode
     name: Name
     device: Name
@@ -107,13 +141,6 @@ class OpenJob(Record):
 class JoinReply(Record):
     """Writer: orchestrator.  Reader: worker."""
 
-    protocol_version: int
-    software_version: Name
-    domain: Domain
-    orchestrator: Address
-    min_stake_micros: MicrosField
-    blob_urls: tuple[str, ...] = Field(max_length=16)
-    heartbeat_ms: int = Field(ge=10, le=3_600_000)
     open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
 
 

@@ -95,9 +95,8 @@ class Signed(Record, Generic[_S]):
 def sign(record: _S, domain: Domain, account: LocalAccount) -> Signed[_S]:
     """``record`` signed by ``account`` for ``domain``."""
     signature = account.sign_message(_typed(record, domain)).signature
-    return Signed[type(record)](  # type: ignore[misc]  # parametrised at run time
-        record=record, signature="0x" + bytes(signature).hex()
-    )
+    signed: type[Signed[_S]] = Signed.__class_getitem__(type(record))
+    return signed(record=record, signature="0x" + bytes(signature).hex())
 
 
 def _typed(record: SignableRecord, domain: Domain) -> Any:
