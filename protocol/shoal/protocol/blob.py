@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import Field
+
 from shoal.protocol.ids import Sha256
 from shoal.protocol.record import Record
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import rfc8785
+
 from shoal.protocol.ids import Digest
 
 JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]

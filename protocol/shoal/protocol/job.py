@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from eth_abi.abi import encode as abi_encode
 from eth_utils.crypto import keccak
 from pydantic import Field, model_validator
+
 from shoal.protocol.ids import Address, JobId, Name
 from shoal.protocol.money import MicrosField
 from shoal.protocol.record import Record

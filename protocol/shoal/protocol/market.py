@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
+
 from shoal.protocol.ids import Address, Hex32, PeerIdStr, Sha256, ShortId
 from shoal.protocol.money import MicrosField
 from shoal.protocol.record import Record

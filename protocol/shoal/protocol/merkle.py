@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from eth_abi.abi import encode as abi_encode
 from eth_utils.crypto import keccak
+
 from shoal.protocol.errors import InvalidRequest
 
 EMPTY_ROOT = b"\0" * 32

@@ -10,6 +10,7 @@ import re
 from typing import Annotated, NewType
 
 from pydantic import Field
+
 from shoal.protocol.errors import InvalidRequest
 
 Micros = NewType("Micros", int)

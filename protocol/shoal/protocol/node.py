@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from pydantic import Field
+
 from shoal.protocol.ids import Address, Hex32, Hex64, Name, PeerIdStr, Sha256, ShortId
 from shoal.protocol.job import LoraSpec
 from shoal.protocol.market import MAX_UNITS, Lease, TaskKind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import Field
+
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.ids import Digest, Hex32, Name, Sha256

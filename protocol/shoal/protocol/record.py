@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from shoal.protocol.canonical import canonical_bytes, digest_of
 from shoal.protocol.errors import InvalidRequest, PeerFault
 from shoal.protocol.ids import Digest

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from pydantic import Field
+
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.ids import Address, Hex32, Name, PeerIdStr, Sha256, ShortId
 from shoal.protocol.market import MAX_UNITS, TaskKind

@@ -5,11 +5,12 @@ Source: EIP-712 (typed structured data), EIP-2 (low-s signatures).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from eth_account import Account as EthAccount
 from eth_account.messages import encode_typed_data
 from eth_account.signers.local import LocalAccount
+
 from shoal.protocol.errors import PeerFault, Unauthorised
 from shoal.protocol.ids import Account, Address, Hex65
 from shoal.protocol.record import Record
@@ -95,7 +96,8 @@ class Signed(Record, Generic[_S]):
 def sign(record: _S, domain: Domain, account: LocalAccount) -> Signed[_S]:
     """``record`` signed by ``account`` for ``domain``."""
     signature = account.sign_message(_typed(record, domain)).signature
-    signed: type[Signed[_S]] = Signed.__class_getitem__(type(record))
+    # The concrete class is known only now; pydantic caches the parametrised type.
+    signed = cast("type[Signed[_S]]", Signed.__class_getitem__(type(record)))
     return signed(record=record, signature="0x" + bytes(signature).hex())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
+
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.ids import Hex32, Sha256, ShortId
 from shoal.protocol.job import MAX_PROMPTS, EnvSpec, LoraSpec, LossSpec, SamplingSpec
