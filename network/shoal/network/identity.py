@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
 )
+
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.ids import PeerId
 

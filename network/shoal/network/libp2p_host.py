@@ -17,6 +17,7 @@ from libp2p.abc import IHost, INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
@@ -30,6 +31,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
+
 from shoal.network.identity import NodeIdentity
 from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits
 from shoal.protocol.errors import InvalidRequest
@@ -45,6 +47,19 @@ logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 # The dialler waits this long for its first attempt to *fail* before it looks whether it
 # succeeded, so the library's 250 ms are added to every dial.
 swarm_module._HAPPY_EYEBALLS_DELAY = 0.01
+
+
+class _NeverDials(AutoConnector):
+    """Stands where the library dials every peer it has heard of until half its room is full.
+
+    Who is connected is Shoal's decision, and a worker must not be made to dial strangers.
+    """
+
+    async def maybe_connect(self) -> None:
+        """Nobody is dialled."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Nothing runs."""
 
 
 def build_host(identity: NodeIdentity, listen: Multiaddr | None, limits: Limits) -> IHost:
@@ -63,7 +78,6 @@ def build_host(identity: NodeIdentity, listen: Multiaddr | None, limits: Limits)
         disable_identify_address_discovery=True,
         connection_config=ConnectionConfig(
             max_connections=limits.max_connections,
-            # No automatic dialling and no pruning: who is connected is decided by Shoal.
             min_connections=0,
             low_watermark=0,
             high_watermark=limits.max_connections,
@@ -72,6 +86,7 @@ def build_host(identity: NodeIdentity, listen: Multiaddr | None, limits: Limits)
         ),
     )
     swarm = swarm_of(host)
+    swarm.auto_connector = _NeverDials(swarm)
     # Dials are retried by their callers, who know their deadline.
     swarm.retry_config.max_retries = 0
     # The default manager refuses peers by process memory, by rate and by a circuit breaker,
@@ -210,9 +225,9 @@ def _release_slots_of_closed_connections(swarm: Swarm) -> None:
     async def serve_connection(raw: Any, address: Multiaddr, _event: object) -> None:
         try:
             muxed = await swarm.upgrade_inbound_raw_conn(RawConnection(raw, False), address)
-        except Exception as error:  # noqa: BLE001  a stranger's handshake may fail in any way
+        except Exception as error:
             logging.getLogger(__name__).debug("refused a connection: %s", error)
-            with trio.move_on_after(1, shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                 await raw.close()
             return
         closed = getattr(muxed, "event_closed", None)

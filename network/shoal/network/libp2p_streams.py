@@ -18,6 +18,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.exceptions import StreamFailure
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
+
 from shoal.network.framing import (
     HEADER_BYTES,
     Status,
@@ -36,6 +37,7 @@ from shoal.protocol.ids import PeerId
 _LOG: Final = logging.getLogger(__name__)
 _READ_BYTES: Final = 64 << 10
 _FRAME_TIMEOUT_S: Final = 30.0
+_CLOSE_TIMEOUT_S: Final = 1.0
 _MAX_IDLE_PER_PROTOCOL: Final = 8
 # The caller forgets a quiet stream well before its server closes it, so that a request is
 # never written into a stream that is being closed.
@@ -48,7 +50,7 @@ Answer = Callable[[PeerId, bytes], Awaitable[bytes]]
 _BROKEN: Final = (StreamError, BaseLibp2pError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
-class StreamEnded(Exception):
+class StreamEndedError(Exception):
     """The stream ended between two frames, which is how a peer says it is done."""
 
 
@@ -56,20 +58,20 @@ async def read_exactly(stream: INetStream, num_bytes: int) -> bytes:
     """Exactly `num_bytes`, growing only as they arrive.
 
     Raises:
-        StreamEnded: The stream ended before the first byte.
+        StreamEndedError: The stream ended before the first byte.
         Unavailable: It ended after the first and before the last.
     """
     buffer = bytearray()
     while len(buffer) < num_bytes:
+        cause: Exception | None = None
+        part = b""
         try:
             part = await stream.read(min(_READ_BYTES, num_bytes - len(buffer)))
         except _BROKEN as error:
-            part, cause = b"", error
-        else:
-            cause = None
+            cause = error
         if not part:
             if not buffer:
-                raise StreamEnded from cause
+                raise StreamEndedError from cause
             raise _broke("in the middle of a message") from cause
         buffer += part
     return bytes(buffer)
@@ -81,7 +83,7 @@ async def read_frame(
     """The next frame; its header is checked before its body is read.
 
     Raises:
-        StreamEnded: The peer closed the stream instead.
+        StreamEndedError: The peer closed the stream instead.
         PeerFault: The header is not Shoal's.
         InvalidRequest: The body is over `cap`.
         Unavailable: The stream broke inside the frame.
@@ -90,7 +92,7 @@ async def read_frame(
     num_bytes = decode_header(header, peer=peer, expected=expected, cap=cap)
     try:
         body = await read_exactly(stream, num_bytes)
-    except StreamEnded:
+    except StreamEndedError:
         raise _broke("in the middle of a message") from None
     return status_of(header), body
 
@@ -156,7 +158,7 @@ class RequestStreams:
             status, body = await read_frame(
                 stream, peer=peer, expected=_REPLY, cap=self._limits.max_message_bytes
             )
-        except StreamEnded as error:
+        except StreamEndedError as error:
             await discard(stream)
             raise Unavailable(
                 f"Peer {peer} closed the stream before it answered a {protocol} request; "
@@ -202,27 +204,38 @@ class RequestStreams:
             trio.lowlevel.spawn_system_task(discard, oldest)
 
 
-async def serve_stream(stream: INetStream, answer: Answer, *, cap: int, idle_s: float) -> None:
-    """Every request on `stream` was answered, until the peer closed it or broke the rules."""
+async def serve_stream(stream: INetStream, answer: Answer, *, cap: int, limits: Limits) -> None:
+    """Every request on `stream` was answered, until the peer closed it or broke the rules.
+
+    A request over `cap` but within the node's message limit is read past and refused, so
+    that its sender, still writing, gets to read why; a larger one ends the stream at once.
+    """
     peer = PeerId(stream.muxed_conn.peer_id.to_base58())
     try:
         while True:
-            with trio.move_on_after(idle_s) as quiet:
+            with trio.move_on_after(limits.idle_stream_s) as quiet:
                 header = await read_exactly(stream, HEADER_BYTES)
             if quiet.cancelled_caught:
                 break
-            num_bytes = decode_header(header, peer=peer, expected=_REQUEST, cap=cap)
+            num_bytes = decode_header(
+                header, peer=peer, expected=_REQUEST, cap=limits.max_message_bytes
+            )
             with trio.fail_after(_FRAME_TIMEOUT_S):
+                if num_bytes > cap:
+                    await _skip(stream, num_bytes)
+                    refusal = too_large(num_bytes, cap, f"announced by peer {peer}")
+                    await write_frame(stream, Status.ERROR, encode_error(refusal))
+                    continue
                 payload = await read_exactly(stream, num_bytes)
             status, body = await _outcome(answer, peer, payload)
             with trio.fail_after(_FRAME_TIMEOUT_S):
                 await write_frame(stream, status, body)
-    except StreamEnded:
+    except StreamEndedError:
         pass
     except ShoalError as error:
         # The rest of the stream cannot be understood any more: say why, then reset it.
         _LOG.debug("stream from %s ended: %s", peer, error)
-        with trio.move_on_after(1):
+        with trio.move_on_after(_CLOSE_TIMEOUT_S):
             await _tell(stream, error)
     except trio.TooSlowError:
         _LOG.debug("stream from %s stalled inside a message", peer)
@@ -232,11 +245,16 @@ async def serve_stream(stream: INetStream, answer: Answer, *, cap: int, idle_s: 
 
 async def discard(stream: INetStream) -> None:
     """The stream is reset, or was already gone."""
-    with trio.move_on_after(1, shield=True):
+    with trio.CancelScope(deadline=trio.current_time() + _CLOSE_TIMEOUT_S, shield=True):
         try:
             await stream.reset()
         except _BROKEN as error:
             _LOG.debug("a stream could not be reset: %s", error)
+
+
+async def _skip(stream: INetStream, num_bytes: int) -> None:
+    while num_bytes:
+        num_bytes -= len(await read_exactly(stream, min(_READ_BYTES, num_bytes)))
 
 
 async def _outcome(answer: Answer, peer: PeerId, payload: bytes) -> tuple[Status, bytes]:

@@ -7,13 +7,15 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
+
 from shoal.protocol.errors import Unavailable
 
 T = TypeVar("T")
 _LOG: Final = logging.getLogger(__name__)
+_GRACE_S: Final = 1.5
 _STOP_TIMEOUT_S: Final = 5.0
 
 Service = Callable[["TrioThread", Callable[[], None]], Awaitable[None]]
@@ -25,7 +27,7 @@ class TrioThread:
     Args:
         name: The thread's name, seen in stack dumps.
         service: Called in the thread as ``service(self, started)``; it calls `started` once
-            it may be used, and runs until it is cancelled.
+            it may be used, and returns soon after `stopping` is set.
     """
 
     def __init__(self, name: str, service: Service) -> None:
@@ -36,6 +38,8 @@ class TrioThread:
         self._nursery: trio.Nursery | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pending: set[concurrent.futures.Future[Any]] = set()
+        self.stopping = trio.Event()
 
     async def start(self) -> None:
         """The service has called `started`; whatever it raised before that is raised here."""
@@ -48,8 +52,10 @@ class TrioThread:
             raise
 
     async def stop(self) -> None:
-        """The service is cancelled and the thread has ended."""
-        self._post(self._cancel)
+        """The service has ended, by itself or else cancelled, and so has the thread."""
+        self.post(self.stopping.set)
+        await asyncio.to_thread(self._thread.join, _GRACE_S)
+        self.post(self._cancel)
         await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
         if self._thread.is_alive():
             _LOG.error("the network thread did not end within %s s", _STOP_TIMEOUT_S)
@@ -63,6 +69,10 @@ class TrioThread:
             Unavailable: The thread has ended, or ends before the call does.
         """
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        # From here on only the trio thread settles it, so no two threads can race to.
+        outcome.set_running_or_notify_cancel()
+        self._pending.add(outcome)
+        outcome.add_done_callback(self._pending.discard)
         scope = trio.CancelScope()
 
         async def run() -> None:
@@ -70,8 +80,8 @@ class TrioThread:
                 with scope:
                     result = await function()
                 if scope.cancelled_caught:
-                    outcome.cancel()
-                elif not outcome.done():
+                    _fail(outcome, _stopped())
+                else:
                     outcome.set_result(result)
             except trio.Cancelled:
                 _fail(outcome, _stopped())
@@ -87,12 +97,12 @@ class TrioThread:
             except RuntimeError:
                 _fail(outcome, _stopped())
 
-        if not self._post(begin):
-            raise _stopped()
+        if not self.post(begin):
+            _fail(outcome, _stopped())
         try:
             return await asyncio.wrap_future(outcome)
         except asyncio.CancelledError:
-            self._post(scope.cancel)
+            self.post(scope.cancel)
             raise
 
     async def call_asyncio(self, coroutine: Coroutine[object, object, T]) -> T:
@@ -105,7 +115,7 @@ class TrioThread:
             raise _stopped()
         done = trio.Event()
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        future.add_done_callback(lambda _: self._post(done.set))
+        future.add_done_callback(lambda _: self.post(done.set))
         try:
             await done.wait()
         except trio.Cancelled:
@@ -121,7 +131,7 @@ class TrioThread:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function)
 
-    def _post(self, function: Callable[[], object]) -> bool:
+    def post(self, function: Callable[[], object]) -> bool:
         """Runs `function` soon in the trio thread; False when the thread has ended."""
         if self._token is None:
             return False
@@ -138,12 +148,15 @@ class TrioThread:
     def _run(self) -> None:
         try:
             trio.run(self._main, strict_exception_groups=True)
-        except BaseException as error:  # noqa: BLE001  the thread's edge: nothing above catches
+        except BaseException as error:
             self._ended(error)
         else:
             self._ended(_stopped())
 
     def _ended(self, error: BaseException) -> None:
+        # A call posted as the run ends is never begun, so its caller is answered here.
+        for outcome in tuple(self._pending):
+            _fail(outcome, _stopped())
         if not self._started.done():
             cause = _first_leaf(error)
             self._started.set_exception(cause)
@@ -157,6 +170,7 @@ class TrioThread:
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as self._nursery:
                 await self._service(self, self._mark_started)
+                self._nursery.cancel_scope.cancel()
 
     def _mark_started(self) -> None:
         if not self._started.done():

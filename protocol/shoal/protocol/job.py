@@ -8,7 +8,7 @@ requester's id on the chain.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from eth_abi.abi import encode as abi_encode
 from eth_utils.crypto import keccak
@@ -16,8 +16,10 @@ from pydantic import Field, model_validator
 
 from shoal.protocol.ids import Address, JobId, Name
 from shoal.protocol.money import MicrosField
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 from shoal.protocol.signing import SignableRecord
+
+ExactInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 
 MAX_STEPS = 1_000_000
 MAX_TOKENS = 131_072
@@ -81,7 +83,7 @@ class EnvSpec(Record):
 
     id: Name
     weight: float = Field(default=1.0, gt=0, le=1e6)
-    args: dict[str, str | int | float | bool] = Field(default_factory=dict, max_length=64)
+    args: dict[str, str | ExactInt | float | bool] = Field(default_factory=dict, max_length=64)
 
 
 class EvalSpec(Record):
@@ -129,7 +131,7 @@ class JobSpec(Record):
     name: Name
     model: Name
     model_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, le=MAX_INT)
     max_steps: int = Field(ge=1, le=MAX_STEPS)
     batch_size: int = Field(ge=1, le=1 << 20)
     rollouts_per_example: int = Field(default=8, ge=2, le=1024)
@@ -167,7 +169,7 @@ class Job(SignableRecord):
 
     spec: JobSpec
     requester: Address
-    nonce: int = Field(ge=0, lt=2**63)
+    nonce: int = Field(ge=0, le=MAX_INT)
 
     eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
         ("requester", "address"),

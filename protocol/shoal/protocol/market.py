@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from shoal.protocol.ids import Address, Hex32, PeerIdStr, Sha256, ShortId
 from shoal.protocol.money import MicrosField
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 from shoal.protocol.signing import SignableRecord
 
 MAX_UNITS = 2**32 - 1
@@ -82,8 +82,8 @@ class Bid(SignableRecord):
     capacity: int = Field(ge=1, le=MAX_UNITS)
     account: Address
     node: PeerIdStr
-    valid_until_ms: int = Field(ge=0, lt=2**63)
-    nonce: int = Field(ge=0, lt=2**63)
+    valid_until_ms: int = Field(ge=0, le=MAX_INT)
+    nonce: int = Field(ge=0, le=MAX_INT)
 
     eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
         ("jobId", "bytes32"),
@@ -131,7 +131,7 @@ class BidReceipt(SignableRecord):
     """
 
     bid_sha256: Sha256
-    received_at_ms: int = Field(ge=0, lt=2**63)
+    received_at_ms: int = Field(ge=0, le=MAX_INT)
 
     eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
         ("bidDigest", "bytes32"),
@@ -183,9 +183,9 @@ class Lease(SignableRecord):
     node: PeerIdStr
     num_units: int = Field(ge=1, le=MAX_UNITS)
     unit_price_micros: MicrosField = Field(gt=0)
-    issued_at_ms: int = Field(ge=0, lt=2**63)
-    start_by_ms: int = Field(ge=0, lt=2**63)
-    deadline_ms: int = Field(ge=0, lt=2**63)
+    issued_at_ms: int = Field(ge=0, le=MAX_INT)
+    start_by_ms: int = Field(ge=0, le=MAX_INT)
+    deadline_ms: int = Field(ge=0, le=MAX_INT)
     heartbeat_ms: int = Field(ge=10, le=3_600_000)
 
     eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (

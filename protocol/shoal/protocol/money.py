@@ -16,8 +16,8 @@ from shoal.protocol.errors import InvalidRequest
 Micros = NewType("Micros", int)
 
 MICROS_PER_DOLLAR = 1_000_000
-MAX_MICROS = 2**96 - 1
-"""Largest amount a signed record may name (``uint96`` in `Bid`)."""
+MAX_MICROS = 2**53 - 1
+"""Largest amount a record may name: nine billion dollars, exact in canonical JSON."""
 
 MicrosField = Annotated[int, Field(ge=0, le=MAX_MICROS)]
 

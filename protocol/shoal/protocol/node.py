@@ -21,7 +21,7 @@ from shoal.protocol.ids import Address, Hex32, Hex64, Name, PeerIdStr, Sha256, S
 from shoal.protocol.job import LoraSpec
 from shoal.protocol.market import MAX_UNITS, Lease, TaskKind
 from shoal.protocol.money import MicrosField
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 from shoal.protocol.result import Receipt, Result, Verdict
 from shoal.protocol.signing import Domain, SignableRecord, Signed
 from shoal.protocol.task import Task
@@ -50,7 +50,7 @@ class NodeBinding(SignableRecord):
     account: Address
     node: PeerIdStr
     node_key: Hex32
-    valid_from_ms: int = Field(ge=0, lt=2**63)
+    valid_from_ms: int = Field(ge=0, le=MAX_INT)
 
     eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
         ("account", "address"),
@@ -185,7 +185,7 @@ class LeaseProgress(Record):
 
     lease_id: ShortId
     lease_epoch: int = Field(ge=1, le=MAX_UNITS)
-    progress: int = Field(ge=0)
+    progress: int = Field(ge=0, le=MAX_INT)
 
 
 class IdleReason(StrEnum):

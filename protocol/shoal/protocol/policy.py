@@ -7,7 +7,7 @@ from pydantic import Field
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.ids import Digest, Hex32, Name, Sha256
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 
 
 class ModelFile(Record):
@@ -50,7 +50,7 @@ class PolicyVersion(Record):
     """
 
     job_id: Hex32
-    version: int = Field(ge=0)
+    version: int = Field(ge=0, le=MAX_INT)
     base_sha256: Sha256
     adapter: BlobRef
 

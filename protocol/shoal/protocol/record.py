@@ -12,6 +12,9 @@ from shoal.protocol.ids import Digest
 
 MAX_RECORD_BYTES = 1 << 20
 
+MAX_INT = 2**53 - 1
+"""Largest integer a record carries: what canonical JSON holds exactly (RFC 8785, I-JSON)."""
+
 _R = TypeVar("_R", bound="Record")
 
 

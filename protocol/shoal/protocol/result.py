@@ -10,7 +10,7 @@ from pydantic import Field
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.ids import Address, Hex32, Name, PeerIdStr, Sha256, ShortId
 from shoal.protocol.market import MAX_UNITS, TaskKind
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 from shoal.protocol.signing import SignableRecord
 
 
@@ -30,8 +30,8 @@ class Result(Record):
     policy_sha256: Sha256
     payload: BlobRef
     num_units: int = Field(ge=1, le=MAX_UNITS)
-    num_tokens: int = Field(ge=0)
-    compute_ms: int = Field(ge=0)
+    num_tokens: int = Field(ge=0, le=MAX_INT)
+    compute_ms: int = Field(ge=0, le=MAX_INT)
     engine: Name
     dtype: Name
 
@@ -105,7 +105,7 @@ class Verdict(SignableRecord):
     result_sha256: Sha256
     accepted: bool
     num_units: int = Field(ge=0, le=MAX_UNITS)
-    pay_micros: int = Field(ge=0)
+    pay_micros: int = Field(ge=0, le=MAX_INT)
     audited: bool
     checks: tuple[Check, ...] = Field(max_length=32)
 

@@ -15,14 +15,14 @@ from shoal.protocol.ids import Hex32, Sha256, ShortId
 from shoal.protocol.job import MAX_PROMPTS, EnvSpec, LoraSpec, LossSpec, SamplingSpec
 from shoal.protocol.market import TaskKind
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 
 
 class PromptRef(Record):
     """One prompt: the job's environment number, and the index in its split."""
 
     environment: int = Field(ge=0, lt=64)
-    index: int = Field(ge=0, lt=2**63)
+    index: int = Field(ge=0, le=MAX_INT)
 
 
 class RolloutTask(Record):
@@ -36,7 +36,7 @@ class RolloutTask(Record):
     kind: Literal[TaskKind.ROLLOUT] = TaskKind.ROLLOUT
     task_id: ShortId
     job_id: Hex32
-    batch: int = Field(ge=0)
+    batch: int = Field(ge=0, le=MAX_INT)
     base: BaseModelRef
     policy: PolicyVersion
     lora: LoraSpec
@@ -44,7 +44,7 @@ class RolloutTask(Record):
     prompts: tuple[PromptRef, ...] = Field(min_length=1, max_length=MAX_PROMPTS)
     group_size: int = Field(ge=1, le=1024)
     sampling: SamplingSpec
-    seed: int = Field(ge=0, lt=2**63)
+    seed: int = Field(ge=0, le=MAX_INT)
 
 
 class EvaluateTask(Record):
@@ -71,7 +71,7 @@ class GradientTask(Record):
     kind: Literal[TaskKind.GRADIENT] = TaskKind.GRADIENT
     task_id: ShortId
     job_id: Hex32
-    batch: int = Field(ge=0)
+    batch: int = Field(ge=0, le=MAX_INT)
     base: BaseModelRef
     policy: PolicyVersion
     lora: LoraSpec

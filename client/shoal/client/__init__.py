@@ -1,0 +1,1 @@
+"""The requester's side: the SDK, the ``shoal`` command, the one-machine devnet."""

@@ -1,0 +1,1 @@
+"""One module per command; each calls its click command ``command``."""

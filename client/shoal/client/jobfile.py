@@ -1,0 +1,383 @@
+"""The job file: TOML a person writes, read into a `JobSpec`, and written back in full.
+
+Every key of the file has one place in the spec.  What the file does not say takes the
+spec's default; what it says and nobody knows is refused, with the nearest name that is known.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from shoal.protocol.errors import InvalidRequest, NotFound
+from shoal.protocol.job import JobSpec
+from shoal.protocol.money import MAX_MICROS, format_dollars, parse_dollars
+
+_MAX_FILE_BYTES = 1 << 20
+_PRICED = ("rollout", "gradient", "evaluate")
+
+# File key -> path in the spec, table by table; "" is the top of the file.
+_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {
+        "schema": ("schema_version",),
+        "name": ("name",),
+        "model": ("model",),
+        "model_sha256": ("model_sha256",),
+        "seed": ("seed",),
+        "max_steps": ("max_steps",),
+        "batch_size": ("batch_size",),
+        "rollouts_per_example": ("rollouts_per_example",),
+        "learning_rate": ("optimizer", "learning_rate"),
+        "max_staleness": ("max_staleness",),
+    },
+    "algorithm": {
+        "type": ("loss", "kind"),
+        "clip_low": ("loss", "clip_low"),
+        "clip_high": ("loss", "clip_high"),
+        "advantage_scale": ("loss", "advantage_scale"),
+    },
+    "optimizer": {
+        key: ("optimizer", key)
+        for key in (
+            "warmup_steps",
+            "final_lr_fraction",
+            "beta1",
+            "beta2",
+            "weight_decay",
+            "max_grad_norm",
+        )
+    },
+    "lora": {key: ("lora", key) for key in ("r", "alpha", "target_modules")},
+    "sampling": {key: ("sampling", key) for key in ("max_tokens", "temperature")},
+    "eval": {key: ("evaluation", key) for key in ("interval", "num_examples")},
+    "checkpoint": {key: ("checkpoint", key) for key in ("interval", "keep_last")},
+    "verify": {key: ("verify", key) for key in ("spot_check_rate", "logprob_tolerance")},
+}
+_ENV_KEYS = ("id", "weight", "args")
+_BUDGET_KEYS = ("max_total", "max_unit_price")
+_REQUIRED = ("name", "model", "max_steps", "batch_size")
+
+
+def load_job_file(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job in the file at ``path``, with ``overrides`` applied.
+
+    Args:
+        path: A TOML file.
+        overrides: ``key=value`` or ``table.key=value``, as given to ``--set``; the value is
+            TOML, or bare text.  ``env.0.weight=2`` reaches into the first environment.
+
+    Raises:
+        NotFound: there is no such file.
+        InvalidRequest: the file or an override is not a valid job; the message names the
+            file, the key and what to write there.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFound(f"There is no job file at {path}; check the path.") from None
+    except OSError as error:
+        raise InvalidRequest(f"The job file {path} cannot be read: {error.strerror}.") from error
+    if len(data) > _MAX_FILE_BYTES:
+        raise InvalidRequest(f"The job file {path} is larger than {_MAX_FILE_BYTES} bytes.")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"The job file {path} is not UTF-8 text at byte {error.start}; save it as UTF-8."
+        ) from None
+    return parse_job(text, str(path), overrides)
+
+
+def parse_job(text: str, source: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job in ``text``; ``source`` names it in errors.
+
+    Raises:
+        InvalidRequest: as `load_job_file`.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{source} is not valid TOML: {error}.", code="invalid_toml") from None
+    for override in overrides:
+        _apply_override(document, override)
+    return _Reader(source).read(document)
+
+
+def render_job_file(spec: JobSpec) -> str:
+    """``spec`` as a job file with every default written out; it loads back equal."""
+    data = spec.model_dump(mode="json")
+    blocks = []
+    for table, keys in _KEYS.items():
+        lines = [f"[{table}]"] if table else []
+        for key, path in keys.items():
+            value = _at(data, path)
+            if value is not None:
+                lines.append(f"{key} = {_render_value(value)}")
+        blocks.append(lines)
+    for env in data["environments"]:
+        args = ", ".join(f"{_quote(k)} = {_render_value(v)}" for k, v in env["args"].items())
+        blocks.append(
+            [
+                "[[env]]",
+                f"id = {_quote(env['id'])}",
+                f"weight = {_render_value(env['weight'])}",
+                f"args = {{ {args} }}" if args else "args = {}",
+            ]
+        )
+    prices = ", ".join(
+        f'{kind} = "{format_dollars(data["budget"][f"max_{kind}_micros"])}"' for kind in _PRICED
+    )
+    blocks.append(
+        [
+            "[budget]",
+            f'max_total = "{format_dollars(data["budget"]["max_total_micros"])}"',
+            f"max_unit_price = {{ {prices} }}",
+        ]
+    )
+    return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns a parsed document into a spec; ``source`` stands in every complaint."""
+
+    source: str
+
+    def read(self, document: Mapping[str, Any]) -> JobSpec:
+        spec: dict[str, Any] = {}
+        tables = [name for name in _KEYS if name]
+        self._check_known(document, "", [*_KEYS[""], *tables, "env", "budget"])
+        for table, keys in _KEYS.items():
+            content = self._table(document, table) if table else document
+            if table:
+                self._check_known(content, table, list(keys))
+            for key in keys:
+                if key in content:
+                    self._check_scalar(_join(table, key), content[key])
+                    _put(spec, keys[key], content[key])
+        for key in _REQUIRED:
+            if key not in document:
+                self._fail(f"the key {key!r} is missing", f"add {key} = … at the top of the file")
+        spec["environments"] = self._environments(document)
+        spec["budget"] = self._budget(document)
+        try:
+            # Through JSON, because strict validation takes names for enums only from there.
+            return JobSpec.model_validate_json(json.dumps(spec))
+        except ValidationError as error:
+            self._explain(error)
+
+    def _environments(self, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+        value = document.get("env")
+        if isinstance(value, dict):
+            self._fail("[env] is a single table", "write [[env]], once for each environment")
+        if value is None or value == []:
+            self._fail("there is no environment", 'add [[env]] with id = "addition" or another')
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self._fail(f"env is {_found(value)}", "write [[env]] tables")
+        for number, env in enumerate(value):
+            where = f"env[{number}]"
+            self._check_known(env, where, list(_ENV_KEYS))
+            if "id" not in env:
+                self._fail(f"{where} has no id", 'add for example id = "addition"')
+            for key in ("id", "weight"):
+                if key in env:
+                    self._check_scalar(f"{where}.{key}", env[key])
+            args = env.get("args", {})
+            if not isinstance(args, dict):
+                self._fail(
+                    f"{where}.args is {_found(args)}", "write a table such as { digits = 2 }"
+                )
+            for key, item in args.items():
+                self._check_scalar(f"{where}.args.{key}", item)
+        return list(value)
+
+    def _budget(self, document: Mapping[str, Any]) -> dict[str, int]:
+        if "budget" not in document:
+            self._fail("there is no [budget]", "add it with max_total and max_unit_price")
+        budget = self._table(document, "budget")
+        self._check_known(budget, "budget", list(_BUDGET_KEYS))
+        for key in _BUDGET_KEYS:
+            if key not in budget:
+                self._fail(f"budget.{key} is missing", 'give dollars as text, such as "25.00"')
+        unit = budget["max_unit_price"]
+        if isinstance(unit, dict):
+            self._check_known(unit, "budget.max_unit_price", list(_PRICED))
+            missing = next((kind for kind in _PRICED if kind not in unit), None)
+            if missing is not None:
+                self._fail(
+                    f"budget.max_unit_price has no price for {missing}",
+                    "price rollout, gradient and evaluate, or give one text for all three",
+                )
+        return {
+            "max_total_micros": self._money("budget.max_total", budget["max_total"]),
+            **{
+                f"max_{kind}_micros": (
+                    self._money(f"budget.max_unit_price.{kind}", unit[kind])
+                    if isinstance(unit, dict)
+                    else self._money("budget.max_unit_price", unit)
+                )
+                for kind in _PRICED
+            },
+        }
+
+    def _money(self, key: str, value: object) -> int:
+        if not isinstance(value, str):
+            self._fail(f"{key} is {_found(value)}", 'give dollars as text, such as "25.00"')
+        micros = parse_dollars(value, f"{self.source}: {key}")
+        if micros == 0:
+            self._fail(f"{key} is zero", "nothing can be bought for it; raise it")
+        if micros > MAX_MICROS:
+            self._fail(f"{key} is {value}", f"give at most {format_dollars(MAX_MICROS)}")
+        return micros
+
+    def _table(self, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        value = document.get(name, {})
+        if not isinstance(value, dict):
+            self._fail(f"{name} is {_found(value)}", f"write it as a table, [{name}]")
+        return value
+
+    def _check_known(self, table: Mapping[str, Any], where: str, known: list[str]) -> None:
+        for key in table:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                place = f" in [{where}]" if where else ""
+                raise InvalidRequest(
+                    f"{self.source}: there is no key {key!r}{place}; "
+                    f"the nearest valid name is {nearest!r}.",
+                    code="unknown_key",
+                    key=_join(where, key),
+                )
+
+    def _check_scalar(self, key: str, value: object) -> None:
+        """Refuses what JSON cannot say; the spec's own types judge the rest."""
+        if isinstance(value, (dict, list, datetime.date, datetime.time)):
+            self._fail(f"{key} is {_found(value)}", "give a text, a number, true or false")
+        if isinstance(value, float) and not math.isfinite(value):
+            self._fail(f"{key} is {value}", "give a finite number")
+
+    def _explain(self, error: ValidationError) -> NoReturn:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        if not fault["loc"]:
+            raise InvalidRequest(
+                f"{self.source}: {fault['msg'].removeprefix('Value error, ')}.", code="invalid_job"
+            ) from None
+        key = _file_key(fault["loc"])
+        reason = fault["msg"].replace("Input should be", "it should be", 1)
+        reason = reason.replace("String should", "it should", 1)
+        raise InvalidRequest(
+            f"{self.source}: {key} is {_found(fault['input'])}; {reason}.",
+            code="invalid_value",
+            key=key,
+        ) from None
+
+    def _fail(self, wrong: str, remedy: str) -> NoReturn:
+        raise InvalidRequest(f"{self.source}: {wrong}; {remedy}.", code="invalid_job")
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    """Writes one ``--set`` into ``document``."""
+    path, equals, raw = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise InvalidRequest(
+            f"--set {override!r} is not of the form key=value or table.key=value.",
+            code="invalid_override",
+        )
+    node: Any = document
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            node = _list_item(node, part, override)
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+    if not isinstance(node, dict):
+        raise InvalidRequest(
+            f"--set {override!r} goes into {'.'.join(parts[:-1])}, which is not a table; "
+            "name a key of a table.",
+            code="invalid_override",
+        )
+    # Dollars are text in the file; on a command line their quotes are the shell's.
+    node[parts[-1]] = raw.strip(" \"'") if parts[0] == "budget" else _override_value(raw)
+
+
+def _list_item(items: list[Any], part: str, override: str) -> Any:
+    if not (part.isascii() and part.isdigit() and int(part) < len(items)):
+        raise InvalidRequest(
+            f"--set {override!r} names item {part!r} of a list of {len(items)}; "
+            "items are numbered from 0.",
+            code="invalid_override",
+        )
+    return items[int(part)]
+
+
+def _override_value(raw: str) -> Any:
+    """``raw`` as a TOML value, or as the text it is."""
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return raw.strip()
+    return parsed["value"] if len(parsed) == 1 else raw.strip()
+
+
+def _found(value: object) -> str:
+    """``value`` in a person's words."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"the text {value[:80]!r}"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "a list"
+    return f"the date or time {value}"
+
+
+def _file_key(location: Sequence[str | int]) -> str:
+    """The file's name for a place in the spec."""
+    parts = tuple(str(part) for part in location)
+    for table, keys in _KEYS.items():
+        for key, path in keys.items():
+            if path == parts[: len(path)]:
+                return _join(table, key)
+    if parts[0] == "environments" and len(parts) > 1:
+        return ".".join([f"env[{parts[1]}]", *parts[2:4]])
+    return ".".join(parts)
+
+
+def _join(table: str, key: str) -> str:
+    return f"{table}.{key}" if table else key
+
+
+def _put(target: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    for part in path[:-1]:
+        target = target.setdefault(part, {})
+    target[path[-1]] = value
+
+
+def _at(source: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = source
+    for part in path:
+        value = value[part]
+    return value
+
+
+def _render_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _quote(value) if isinstance(value, str) else repr(value)
+
+
+def _quote(text: str) -> str:
+    """``text`` as a TOML basic string: JSON's escapes, and DEL, which JSON leaves bare."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,197 @@
+"""What the orchestrator's API answers, as records the client reads.
+
+Writer: the orchestrator.  Reader: the SDK and its callers.  Fields a newer orchestrator
+adds are ignored; a field that is missing or of the wrong type is a `PeerFault`.  Money is
+in micros, times in Unix milliseconds (``_ms``) or seconds (``_s``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shoal.protocol.errors import PeerFault
+from shoal.protocol.ids import Address, Hex32, Sha256
+from shoal.protocol.job import JobState
+from shoal.protocol.node import ContractAddresses
+from shoal.protocol.record import first_fault
+from shoal.protocol.signing import Domain
+
+_V = TypeVar("_V", bound="View")
+
+MAX_LIST = 100_000
+FINISHED = frozenset({JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED})
+"""The states a job does not leave."""
+
+
+class View(BaseModel):
+    """Plain data as answered; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class MarketInfo(View):
+    """Who an orchestrator is: its account, chain, contracts and addresses."""
+
+    software_version: str
+    protocol_version: int
+    domain: Domain
+    contracts: ContractAddresses
+    orchestrator: Address
+    peer_id: str
+    p2p_addresses: tuple[str, ...] = Field(max_length=64)
+    blob_urls: tuple[str, ...] = Field(max_length=64)
+    api_url: str
+    rpc_urls: tuple[str, ...] = Field(max_length=64)
+    min_stake_micros: int
+    challenge_window_s: int
+
+
+class SubmittedJob(View):
+    """An accepted job and what its escrow must be opened with."""
+
+    job_id: Hex32
+    state: JobState
+    job_digest: Hex32
+    coordinator: Address
+    escrow_deadline_s: int
+
+
+class Evaluation(View):
+    """Greedy accuracy (0 to 1) of one policy version on held-out prompts."""
+
+    policy_version: int
+    accuracy: float
+    num_examples: int
+
+
+class LeaseCounts(View):
+    """What became of one worker's leases of one kind."""
+
+    leased: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    expired: int = 0
+
+
+class WorkerView(View):
+    """One worker's part in a job; ``accepted_units`` are groups or held-out prompts."""
+
+    account: Address
+    node: str
+    name: str
+    connected: bool
+    tasks: dict[str, LeaseCounts] = Field(default_factory=dict)
+    accepted_units: int = 0
+    earned_micros: int = 0
+    claimed_micros: int = 0
+    price_micros: dict[str, int] = Field(default_factory=dict)
+
+    def leased(self) -> int:
+        """Leases of every kind."""
+        return sum(counts.leased for counts in self.tasks.values())
+
+    def accepted(self) -> int:
+        """Accepted leases of every kind."""
+        return sum(counts.accepted for counts in self.tasks.values())
+
+
+class ConnectedWorker(View):
+    """A worker as the market at large lists it."""
+
+    account: Address
+    node: str
+    name: str
+    connected: bool
+
+
+class EscrowView(View):
+    """A job's money on chain."""
+
+    funded_micros: int = 0
+    committed_micros: int = 0
+    claimed_micros: int = 0
+    refunded_micros: int = 0
+    closed: bool = False
+
+
+class ModelView(View):
+    """The job's adapter; absent digest: none is published yet."""
+
+    adapter_sha256: Sha256 | None = None
+    ready: bool = False
+
+
+class JobView(View):
+    """A job as of now.
+
+    ``reward_recent`` is the mean reward of the last batch; ``eta_s`` is absent until a pace
+    is known; ``spent_micros`` is accepted work, ``committed_micros`` what is posted on chain.
+    """
+
+    job_id: Hex32
+    name: str
+    requester: Address
+    state: JobState
+    reason: str | None = None
+    policy_version: int = 0
+    max_steps: int
+    created_ms: int
+    started_ms: int | None = None
+    finished_ms: int | None = None
+    eta_s: float | None = None
+    budget_micros: int
+    funded_micros: int = 0
+    spent_micros: int = 0
+    committed_micros: int = 0
+    reward_recent: float | None = None
+    evaluations: tuple[Evaluation, ...] = Field(default=(), max_length=MAX_LIST)
+    tasks: dict[str, int] = Field(default_factory=dict)
+    workers: tuple[WorkerView, ...] = Field(default=(), max_length=MAX_LIST)
+    escrow: EscrowView | None = None
+    model: ModelView | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job's state is final."""
+        return self.state in FINISHED
+
+
+class JobEvent(View):
+    """Something that happened to a job; ``seq`` rises, not always by one."""
+
+    seq: int
+    at_ms: int
+    type: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelFileView(View):
+    """One file of a published adapter folder, by content."""
+
+    path: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")
+    sha256: Sha256
+    size_bytes: int = Field(ge=0)
+
+
+class PublishedModel(View):
+    """A job's adapter folder."""
+
+    files: tuple[ModelFileView, ...] = Field(min_length=1, max_length=512)
+
+
+def parse_view(cls: type[_V], data: object) -> _V:
+    """``data``, as the orchestrator answered it, as a ``cls``.
+
+    Raises:
+        PeerFault: it is something else.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise PeerFault(
+            f"The orchestrator's answer is not a {cls.__name__} ({first_fault(error)}); its "
+            "version may not match this command's, compare `shoal version` on both.",
+            code="malformed",
+        ) from None

@@ -1,0 +1,1 @@
+"""Policies: bases, adapters, and the engine that samples from them."""

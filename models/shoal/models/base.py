@@ -1,0 +1,168 @@
+"""Base models on disk: found by name, described by content, loaded without running their code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shoal.protocol.blob import BlobRef
+from shoal.protocol.errors import InvalidRequest, PeerFault
+from shoal.protocol.policy import BaseModelRef, ModelFile
+
+CONFIG_FILE = "config.json"
+ALLOWED_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "model.safetensors.index.json",
+    "*.safetensors",
+)
+"""What is read of a model folder.  Pickled weights and Python files are never fetched."""
+
+_SAFETENSORS = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\.safetensors$")
+
+
+def resolve_base(name: str, cache_dir: Path, *, allow_local: bool) -> Path:
+    """The folder that holds the model ``name``: a local path, or a hub id fetched to ``cache_dir``.
+
+    Raises:
+        InvalidRequest: code ``unreachable_model`` when there is no such model, it holds no
+            safetensors weights, or the hub does not answer.
+    """
+    if not is_hub_id(name):
+        folder = Path(name).expanduser()
+        if not allow_local:
+            raise _unreachable(name, "this orchestrator reads no local paths; give a hub id")
+        if not folder.is_dir():
+            raise _unreachable(name, "there is no such folder; check the path")
+    else:
+        folder = _fetch(name, cache_dir)
+    if not (folder / CONFIG_FILE).is_file() or not any(folder.glob("*.safetensors")):
+        raise _unreachable(
+            name, "it holds no config.json with safetensors weights; convert it to safetensors"
+        )
+    return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` is neither a path nor a built-in model."""
+    return not name.startswith((".", "~", "/", "builtin:"))
+
+
+def describe_base(name: str, folder: Path, make_blob: Callable[[Path], BlobRef]) -> BaseModelRef:
+    """The content of ``folder`` as a record; ``make_blob`` stores one file and names it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_allowed(path.name))
+    return BaseModelRef(
+        name=name,
+        files=tuple(ModelFile(path=path.name, blob=make_blob(path)) for path in files),
+        num_parameters=sum(_count_parameters(p) for p in files if p.suffix == ".safetensors"),
+    )
+
+
+def require_allowed_files(base: BaseModelRef) -> None:
+    """Passes only if ``base`` names nothing but configuration, tokenizer and safetensors.
+
+    Raises:
+        PeerFault: another kind of file, a name twice, or no configuration.
+    """
+    names = [file.path for file in base.files]
+    stranger = next((name for name in names if not _is_allowed(name)), None)
+    if stranger is not None or len(set(names)) != len(names) or CONFIG_FILE not in names:
+        raise PeerFault(
+            f"The base model {base.name} lists {stranger or 'no or repeated'} files where only "
+            "one config.json, tokenizer files and safetensors are allowed.",
+            code="malformed_base",
+        )
+
+
+def load_model(folder: Path) -> Any:
+    """The causal language model in ``folder``, fp32, evaluation mode, on the CPU.
+
+    Raises:
+        InvalidRequest: the folder is not a model ``transformers`` can load without running
+            code from it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="float32",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unloadable(folder, error) from error
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        InvalidRequest: there is none that loads without running code from the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, error) from error
+
+
+def _fetch(name: str, cache_dir: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(ALLOWED_FILES))
+        )
+    except HFValidationError:
+        raise _unreachable(name, "it is neither a built-in name nor a hub id") from None
+    except LocalEntryNotFoundError:
+        raise _unreachable(
+            name, "the model hub does not answer and no copy is cached; check the network"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(name, f"the model hub refused it ({type(error).__name__})") from error
+
+
+def _is_allowed(name: str) -> bool:
+    return name in ALLOWED_FILES or _SAFETENSORS.match(name) is not None
+
+
+def _count_parameters(path: Path) -> int:
+    from math import prod
+
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as arrays:
+        return sum(prod(arrays.get_slice(key).get_shape()) for key in arrays.keys())  # noqa: SIM118
+
+
+def _unreachable(name: str, why: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The model {name!r} cannot be used: {why}.", code="unreachable_model", model=name
+    )
+
+
+def _unloadable(folder: Path, error: Exception) -> InvalidRequest:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason given"
+    return InvalidRequest(
+        f"The model folder {folder.name} does not load as a causal language model: {reason}.",
+        code="unloadable_model",
+    )

@@ -1,0 +1,183 @@
+"""Which peers are alive: our own pings, since TCP tells of a dead link after minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import trio
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.rcmgr import Direction
+from multiaddr import Multiaddr
+
+from shoal.network.libp2p_streams import RequestStreams
+from shoal.network.port import Limits
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.ids import PeerId
+
+PING_PROTOCOL: Final = TProtocol("/shoal/ping/1")
+
+_LOG: Final = logging.getLogger(__name__)
+_MISSES_ALLOWED: Final = 1
+_CLOSE_TIMEOUT_S: Final = 0.8
+_BUFFER_CHECK_S: Final = 0.25
+_CLOSED_REMOTELY: Final = "the connection was closed by the peer or broke"
+
+# Sixteen full-size messages; what a peer sends beyond its flow-control window is not
+# refused by the muxer, so a flood would be buffered without end.
+_MAX_BUFFERED_MESSAGES: Final = 16
+
+Lost = Callable[[ID, str], None]
+
+
+class ConnectionWatch(INotifee):
+    """Pings every peer, closes the dead, and reports each lost peer once.
+
+    Args:
+        swarm: The node's connections.
+        streams: The way a ping is asked, and whose kept streams die with a connection.
+        limits: Ping pace and message size.
+        lost: Called with the peer and the cause.
+    """
+
+    def __init__(self, swarm: Swarm, streams: RequestStreams, limits: Limits, lost: Lost) -> None:
+        self._swarm = swarm
+        self._streams = streams
+        self._limits = limits
+        self._lost = lost
+        self._scopes: dict[ID, trio.CancelScope] = {}
+        self._causes: dict[ID, str | None] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Peers that connect from now on are watched, until `nursery` is cancelled."""
+        self._nursery = nursery
+        nursery.start_soon(self._watch_buffers)
+
+    async def close(self, peer: ID, *, cause: str | None) -> None:
+        """No connection to `peer` is open; with a cause, the peer is reported as lost."""
+        if not self._swarm.get_connections(peer):
+            return
+        self._causes[peer] = cause
+        connections = self._swarm.get_connections(peer)
+        with _shielded() as grace:
+            await self._swarm.close_peer(peer)
+        if grace.cancelled_caught:
+            # Saying goodbye blocks when the link is dead and its send buffer is full.
+            for connection in connections:
+                await _close_socket(connection)
+
+    async def close_all(self) -> None:
+        """Every peer has been told goodbye, and none is reported as lost.
+
+        The library's own stop leaves accepted sockets open, so peers would not notice it.
+        """
+        peers = list(self._swarm.connections)
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for peer in peers:
+                    nursery.start_soon(partial(self.close, peer, cause=None))
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        """A peer's first connection starts its pings; a second inbound one replaces the first."""
+        peer = conn.muxed_conn.peer_id
+        if self._nursery is None:
+            return
+        if peer not in self._scopes:
+            self._scopes[peer] = scope = trio.CancelScope()
+            self._causes.pop(peer, None)
+            self._nursery.start_soon(self._ping, peer, scope)
+        if getattr(conn, "direction", None) is Direction.INBOUND:
+            # A peer dials anew only when it gave the old connection up.
+            for other in self._swarm.get_connections(peer):
+                if other is not conn and getattr(other, "direction", None) is Direction.INBOUND:
+                    self._nursery.start_soon(other.close)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        """The peer is reported once its last connection is gone."""
+        peer = conn.muxed_conn.peer_id
+        self._streams.forget(peer, conn.muxed_conn)
+        await _close_socket(conn)
+        if self._swarm.get_connections(peer):
+            return
+        self._streams.forget(peer)
+        scope = self._scopes.pop(peer, None)
+        if scope is None:
+            return
+        scope.cancel()
+        # Strangers come under ever new names; what is kept of them must not add up.
+        with contextlib.suppress(PeerStoreError):
+            self._swarm.peerstore.clear_peerdata(peer)
+        cause = self._causes.pop(peer, _CLOSED_REMOTELY)
+        if cause is not None:
+            self._lost(peer, cause)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        """Nothing is kept per stream."""
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        """Nothing is kept per stream."""
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Nothing is kept per listener."""
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Nothing is kept per listener."""
+
+    async def _ping(self, peer: ID, scope: trio.CancelScope) -> None:
+        with scope:
+            misses = 0
+            while misses <= _MISSES_ALLOWED:
+                await trio.sleep(self._limits.ping_interval_s)
+                misses = 0 if await self._answers(peer) else misses + 1
+            await self.close(peer, cause=f"no answer to {misses} pings in a row")
+
+    async def _answers(self, peer: ID) -> bool:
+        nonce = os.urandom(8)
+        try:
+            echo = await self._streams.request(
+                PeerId(peer.to_base58()),
+                PING_PROTOCOL,
+                nonce,
+                timeout_s=self._limits.ping_timeout_s,
+            )
+        except ShoalError as error:
+            _LOG.debug("ping of %s failed: %s", peer, error)
+            return False
+        return echo == nonce
+
+    async def _watch_buffers(self) -> None:
+        most = _MAX_BUFFERED_MESSAGES * self._limits.max_message_bytes
+        while True:
+            await trio.sleep(_BUFFER_CHECK_S)
+            for peer, connections in list(self._swarm.connections.items()):
+                buffered = sum(_buffered_bytes(connection) for connection in connections)
+                if buffered > most and self._nursery is not None:
+                    cause = f"it sent {buffered} bytes beyond its flow-control window"
+                    self._nursery.start_soon(partial(self.close, peer, cause=cause))
+
+
+def _shielded() -> trio.CancelScope:
+    return trio.CancelScope(deadline=trio.current_time() + _CLOSE_TIMEOUT_S, shield=True)
+
+
+async def _close_socket(connection: INetConn) -> None:
+    """The socket is closed, which the library forgets when the other side closed first."""
+    secured = getattr(connection.muxed_conn, "secured_conn", None)
+    if secured is not None:
+        with _shielded(), contextlib.suppress(BaseLibp2pError, trio.BrokenResourceError):
+            await secured.close()
+
+
+def _buffered_bytes(connection: INetConn) -> int:
+    buffers: dict[int, bytearray] = getattr(connection.muxed_conn, "stream_buffers", {})
+    return sum(map(len, buffers.values()))

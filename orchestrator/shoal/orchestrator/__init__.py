@@ -1,0 +1,1 @@
+"""The orchestrator: splits jobs into tasks, auctions them, verifies, aggregates, settles."""

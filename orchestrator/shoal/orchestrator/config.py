@@ -1,0 +1,76 @@
+"""The orchestrator's configuration: defaults, then a TOML file, then the command line."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.record import first_fault
+
+
+class OrchestratorConfig(BaseModel):
+    """Everything one orchestrator process is told at its start.
+
+    An absent ``database_url`` means SQLite (WAL) inside ``data_dir``; Postgres is
+    ``postgresql+psycopg://…``.  Ports of 0 take a free one.  ``allow_local_models`` lets a
+    job name a path on this machine: safe only where requester and operator are the same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Path
+    rpc_url: str
+    deployment_file: Path
+    key_file: Path
+    database_url: str = ""
+    p2p_listen: str = "/ip4/127.0.0.1/tcp/0"
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8700, ge=0, le=65535)
+    blob_host: str = "127.0.0.1"
+    blob_port: int = Field(default=0, ge=0, le=65535)
+    public_host: str = "127.0.0.1"
+    blob_cache_bytes: int = Field(default=20 << 30, ge=1 << 20)
+    allow_local_models: bool = False
+    min_stake_micros: int = Field(default=1_000_000, ge=0)
+    heartbeat_ms: int = Field(default=1_000, ge=10)
+    epoch_ms: int = Field(default=5_000, ge=100)
+    max_units_per_lease: int = Field(default=32, ge=1)
+    start_timeout_ms: int = Field(default=10_000, ge=100)
+    lease_floor_ms: int = Field(default=30_000, ge=100)
+    max_attempts: int = Field(default=8, ge=1)
+
+    def resolved_database_url(self) -> str:
+        """The database's URL, with the default written out."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'orchestrator.db'}"
+
+
+def load_config(file: Path | None, overrides: Mapping[str, object]) -> OrchestratorConfig:
+    """The configuration in ``file``, with ``overrides`` on top.
+
+    Raises:
+        InvalidRequest: naming the file, the key and, for an unknown key, the nearest one.
+    """
+    values: dict[str, object] = {}
+    where = "the command line"
+    if file is not None:
+        where = str(file)
+        try:
+            values = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise InvalidRequest(f"The configuration {file} cannot be read: {error}.") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidRequest(f"The configuration {file} is not TOML: {error}.") from None
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    for key in values.keys() - OrchestratorConfig.model_fields.keys():
+        near = difflib.get_close_matches(key, OrchestratorConfig.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "remove it."
+        raise InvalidRequest(f"{where} has an unknown key {key!r}; {hint}", code="unknown_key")
+    try:
+        return OrchestratorConfig.model_validate(values)
+    except ValidationError as error:
+        raise InvalidRequest(f"{where} is not valid: {first_fault(error)}.") from None

@@ -1,0 +1,404 @@
+"""Leases: offered to winners, kept alive by heartbeats, taken back when a clock runs out.
+
+The transitions are `shoal.market.lease`'s; this module holds the live records, writes each
+change down, and returns the units of a failed lease to their workload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from shoal.market import lease as leases
+from shoal.market.lease import LeaseRecord, LeaseState
+from shoal.market.reauction import FAILURES_BEFORE_RAISE, raise_reserve_up
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.roster import Member, Roster
+from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.tables import LeaseRow
+from shoal.orchestrator.workload import Workload
+from shoal.protocol.errors import (
+    InvalidRequest,
+    InvariantBroken,
+    NotFound,
+    PeerFault,
+    ShoalError,
+    Unauthorised,
+)
+from shoal.protocol.ids import LeaseId, PeerId, new_id
+from shoal.protocol.market import Award, Lease, TaskKind
+from shoal.protocol.node import (
+    LEASE_PROTOCOL,
+    Heartbeat,
+    LeaseOffer,
+    LeaseReply,
+    ResultMessage,
+    ResultReply,
+)
+from shoal.protocol.signing import Signed, sign
+from shoal.protocol.task import Task
+
+_log = logging.getLogger(__name__)
+
+_OFFER_TIMEOUT_S = 10.0
+
+
+@dataclass(kw_only=True)
+class LiveLease:
+    """A lease that has not ended, with what is needed to judge or re-lease it."""
+
+    record: LeaseRecord
+    signed: Signed[Lease]
+    task: Task
+    units: tuple[int, ...]
+    workload: Workload
+    upload_token: str
+    max_result_bytes: int
+
+    @property
+    def lease(self) -> Lease:
+        """The lease as signed."""
+        return self.record.lease
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A result that arrived in time, waiting for its verdict."""
+
+    live: LiveLease
+    message: ResultMessage
+    member: Member
+
+
+class Dispatcher:
+    """Grants awards as leases and follows each to its end."""
+
+    def __init__(self, context: Context, roster: Roster, settler: Settler) -> None:
+        self._context = context
+        self._roster = roster
+        self._settler = settler
+        self._live: dict[LeaseId, LiveLease] = {}
+        self._offers: set[asyncio.Task[None]] = set()
+        self.submissions: asyncio.Queue[Submission] = asyncio.Queue()
+        self.on_capacity: Callable[[], None] = lambda: None
+        """Called when units may be auctioned again."""
+        self.on_refusal: Callable[[str, str], None] = lambda node, reason: None
+        """Called with a node and its reason when it refuses a lease it bid for."""
+
+    def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
+        """Units each node holds of each kind; a submitted result no longer counts."""
+        held: Counter[tuple[str, TaskKind]] = Counter()
+        for live in self._live.values():
+            if live.record.state.is_open:
+                held[live.lease.node, live.lease.kind] += live.lease.num_units
+        return held
+
+    def live_leases(self, job_id: str) -> list[LiveLease]:
+        """The job's leases that have not ended."""
+        return [live for live in self._live.values() if live.lease.job_id == job_id]
+
+    async def grant(self, workload: Workload, award: Award) -> None:
+        """Offers one lease for the award's units.
+
+        Raises:
+            OverBudget: the job's free money does not cover it; no unit was taken.
+        """
+        lease_id = LeaseId(new_id("lease"))
+        ledger = self._settler.ledger(workload.lot.job_id)
+        ledger.hold(lease_id, award.num_units * award.unit_price_micros)
+        units = workload.take(award.num_units)
+        task = await workload.build_task(units)
+        lease = self._lease(lease_id, workload, award, task, units)
+        live = LiveLease(
+            record=leases.offer(lease),
+            signed=sign(lease, self._context.domain, self._context.account),
+            task=task,
+            units=units,
+            workload=workload,
+            upload_token=secrets.token_hex(16),
+            max_result_bytes=workload.max_result_bytes(len(units)),
+        )
+        self._live[lease_id] = live
+        await self._context.database.run(lambda session: session.add(_row(live)))
+        offer = asyncio.create_task(self._offer(live))
+        self._offers.add(offer)
+        offer.add_done_callback(self._offers.discard)
+
+    def _lease(
+        self,
+        lease_id: LeaseId,
+        workload: Workload,
+        award: Award,
+        task: Task,
+        units: tuple[int, ...],
+    ) -> Lease:
+        config = self._context.config
+        now_ms = self._context.time.now_ms()
+        member = self._roster.find(award.node)
+        samples = list(member.recent_unit_ms.get(workload.kind.value, ())) if member else []
+        p90_ms = leases.p90_up(samples) if samples else 0
+        allowed_ms = leases.deadline_after_ms(p90_ms, len(units), config.lease_floor_ms)
+        return Lease(
+            lease_id=lease_id,
+            lease_epoch=max(workload.attempts[unit] for unit in units),
+            lot_id=workload.lot.lot_id,
+            job_id=workload.lot.job_id,
+            task_id=task.task_id,
+            task_sha256=task.digest(),
+            kind=workload.kind,
+            account=award.account,
+            node=award.node,
+            num_units=len(units),
+            unit_price_micros=award.unit_price_micros,
+            issued_at_ms=now_ms,
+            start_by_ms=now_ms + config.start_timeout_ms,
+            deadline_ms=now_ms + allowed_ms,
+            heartbeat_ms=config.heartbeat_ms,
+        )
+
+    async def _offer(self, live: LiveLease) -> None:
+        offer = LeaseOffer(
+            lease=live.signed,
+            task=live.task,
+            upload_token=live.upload_token,
+            max_result_bytes=live.max_result_bytes,
+        )
+        node = PeerId(live.lease.node)
+        try:
+            raw = await self._context.network.request(
+                node, LEASE_PROTOCOL, offer.encode(), timeout_s=_OFFER_TIMEOUT_S
+            )
+            reply = LeaseReply.decode(raw)
+            if reply.refusal is not None:
+                await self._refused(live, reply.refusal)
+                return
+            self._change(
+                live,
+                leases.start(
+                    live.record,
+                    node=node,
+                    lease_epoch=live.lease.lease_epoch,
+                    now_ms=self._context.time.now_ms(),
+                ),
+            )
+        except ShoalError as error:
+            # The result may even have come first; only an offer still open is lost.
+            if live.record.state is LeaseState.OFFERED:
+                await self._refused(live, error.message)
+
+    async def _refused(self, live: LiveLease, reason: str) -> None:
+        if not live.record.state.is_open:
+            return
+        record = leases.refuse(
+            live.record,
+            node=live.lease.node,
+            lease_epoch=live.lease.lease_epoch,
+            reason=reason[:500],
+            now_ms=self._context.time.now_ms(),
+        )
+        self.on_refusal(live.lease.node, reason)
+        await self.end(live, record, failed=False)
+
+    def _change(self, live: LiveLease, record: LeaseRecord) -> None:
+        live.record = record
+
+    async def end(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
+        """The lease is over without a paid result: money freed, units wait again."""
+        self._change(live, record)
+        del self._live[LeaseId(live.lease.lease_id)]
+        self._settler.ledger(live.lease.job_id).release(live.lease.lease_id)
+        await self._context.database.run(lambda session: _store(session, record))
+        _log.info(
+            "lease_ended",
+            extra={
+                "job_id": live.lease.job_id,
+                "lease_id": live.lease.lease_id,
+                "worker": live.lease.node,
+                "state": record.state.value,
+                "reason": record.reason or "",
+            },
+        )
+        workload = live.workload
+        workload.give_back(live.units, failed=failed)
+        if failed and workload.failures >= FAILURES_BEFORE_RAISE:
+            reserve = raise_reserve_up(workload.lot.reserve_micros, workload.max_reserve_micros)
+            workload.lot = workload.lot.model_copy(update={"reserve_micros": reserve})
+        if max(workload.attempts[unit] for unit in live.units) >= self._context.config.max_attempts:
+            workload.abandon(
+                InvalidRequest(
+                    f"Work of lot {workload.lot.lot_id} failed {self._context.config.max_attempts} "
+                    f"times, last because: {record.reason}; read the job's events, mend the job "
+                    "and submit it again.",
+                    code="attempts_exhausted",
+                )
+            )
+        self.on_capacity()
+
+    async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:
+        """Passes if ``token`` belongs to a live lease whose result may be this large.
+
+        Raises:
+            Unauthorised: no live lease has this token.
+            InvalidRequest: the result is larger than the lease allows.
+        """
+        for live in self._live.values():
+            if hmac.compare_digest(live.upload_token, token):
+                if size_bytes > live.max_result_bytes:
+                    raise InvalidRequest(
+                        f"A result of {size_bytes} bytes is larger than the "
+                        f"{live.max_result_bytes} its lease allows.",
+                        code="oversize",
+                    )
+                return
+        raise Unauthorised("No live lease has this upload token.", code="bad_token")
+
+    async def submit(self, peer: PeerId, message: ResultMessage) -> ResultReply:
+        """Takes a result under its lease; the same result again is acknowledged again.
+
+        Raises:
+            NotFound: no such live lease.
+            Expired: the lease ended before (its clock is named).
+            PeerFault: the result is not this lease's holder's, or differs from an earlier one.
+            InvalidRequest: the payload was never uploaded.
+        """
+        result, member = message.result, self._roster.member(peer)
+        live = self._live.get(LeaseId(result.lease_id))
+        digest = result.digest()
+        if live is None:
+            raise NotFound(
+                f"Lease {result.lease_id} is over or unknown; drop the work.", code="no_lease"
+            )
+        if not self._context.blobs.has(result.payload.sha256):
+            raise InvalidRequest(
+                f"The payload {result.payload.sha256} of lease {result.lease_id} was not "
+                "uploaded; upload it, then send the result.",
+                code="payload_missing",
+            )
+        self._check_receipt(live, message, digest)
+        first = live.record.result_sha256 is None
+        record = leases.submit(
+            live.record,
+            node=peer,
+            lease_epoch=result.lease_epoch,
+            result_sha256=digest,
+            now_ms=self._context.time.now_ms(),
+        )
+        if first:
+            self._change(live, record)
+            await self._context.database.run(lambda session: _store(session, record, message))
+            self.submissions.put_nowait(Submission(live=live, message=message, member=member))
+            self.on_capacity()
+        return ResultReply(lease_id=result.lease_id, result_sha256=digest)
+
+    def _check_receipt(self, live: LiveLease, message: ResultMessage, digest: str) -> None:
+        message.receipt.require_signer(self._context.domain, live.lease.account)
+        receipt = message.receipt.record
+        said = (receipt.lease_id, receipt.lease_epoch, receipt.job_id, receipt.node)
+        due = (live.lease.lease_id, live.lease.lease_epoch, live.lease.job_id, live.lease.node)
+        if said != due or receipt.result_sha256 != digest:
+            raise PeerFault(
+                f"The receipt for lease {live.lease.lease_id} speaks of another lease or result.",
+                code="receipt_mismatch",
+                evidence=digest,
+            )
+
+    def heartbeat(self, peer: PeerId, beat: Heartbeat) -> tuple[str, ...]:
+        """Notes the node's progress; returns the leases it must drop."""
+        member = self._roster.member(peer)
+        member.last_seen_ms = self._context.time.now_ms()
+        revoked = []
+        for progress in beat.leases:
+            live = self._live.get(LeaseId(progress.lease_id))
+            if live is None:
+                revoked.append(progress.lease_id)
+                continue
+            if not live.record.state.is_open:
+                continue
+            try:
+                self._change(
+                    live,
+                    leases.heartbeat(
+                        live.record,
+                        node=peer,
+                        lease_epoch=progress.lease_epoch,
+                        progress=progress.progress,
+                        now_ms=member.last_seen_ms,
+                    ),
+                )
+            except ShoalError as error:
+                _log.warning(
+                    "heartbeat_refused", extra={"lease_id": progress.lease_id, "reason": str(error)}
+                )
+                revoked.append(progress.lease_id)
+        return tuple(revoked)
+
+    async def reap(self) -> None:
+        """Ends every lease whose clock has run out."""
+        now_ms = self._context.time.now_ms()
+        for live in list(self._live.values()):
+            record = leases.expire_if_due(live.record, now_ms=now_ms)
+            if record is not live.record:
+                await self.end(live, record, failed=True)
+
+    async def revoke_job(self, job_id: str, reason: str) -> None:
+        """Takes back every open lease of the job."""
+        for live in self.live_leases(job_id):
+            if live.record.state.is_open:
+                record = leases.revoke(
+                    live.record, reason=reason, now_ms=self._context.time.now_ms()
+                )
+                await self.end(live, record, failed=False)
+
+    def conclude(self, live: LiveLease, record: LeaseRecord) -> None:
+        """An accepted lease is over; the verifier has already written it down."""
+        if record.state is not LeaseState.ACCEPTED:
+            raise InvariantBroken(f"Lease {live.lease.lease_id} is concluded as {record.state}.")
+        self._change(live, record)
+        self._live.pop(LeaseId(live.lease.lease_id), None)
+
+    async def close(self) -> None:
+        """Waits for offers under way to end."""
+        for offer in list(self._offers):
+            offer.cancel()
+        await asyncio.gather(*self._offers, return_exceptions=True)
+
+
+def _row(live: LiveLease) -> LeaseRow:
+    lease = live.lease
+    return LeaseRow(
+        lease_id=lease.lease_id,
+        lease_epoch=lease.lease_epoch,
+        lot_id=lease.lot_id,
+        job_id=lease.job_id,
+        task_id=lease.task_id,
+        kind=lease.kind.value,
+        account=lease.account,
+        node=lease.node,
+        num_units=lease.num_units,
+        unit_price_micros=lease.unit_price_micros,
+        state=live.record.state.value,
+        record=live.signed.encode().decode(),
+        issued_ms=lease.issued_at_ms,
+    )
+
+
+def _store(session: Session, record: LeaseRecord, message: ResultMessage | None = None) -> None:
+    values: dict[str, object] = {
+        "state": record.state.value,
+        "reason": record.reason or "",
+        "ended_ms": record.ended_at_ms,
+    }
+    if message is not None:
+        values["result"] = message.result.encode().decode()
+        values["receipt"] = message.receipt.encode().decode()
+    session.execute(
+        update(LeaseRow).where(LeaseRow.lease_id == record.lease.lease_id).values(**values)
+    )

@@ -1,0 +1,88 @@
+"""The worker-facing protocols: bytes in, the right part's verb, bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from shoal.network.port import Network
+from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.roster import Roster
+from shoal.protocol.ids import LeaseId, PeerId
+from shoal.protocol.market import Bid
+from shoal.protocol.node import (
+    BID_PROTOCOL,
+    HEARTBEAT_PROTOCOL,
+    HELLO_PROTOCOL,
+    JOIN_PROTOCOL,
+    RESULT_PROTOCOL,
+    Heartbeat,
+    HeartbeatReply,
+    HelloRequest,
+    JoinReply,
+    JoinRequest,
+    OpenJob,
+    ResultMessage,
+)
+from shoal.protocol.signing import Signed
+
+_MAX_SMALL_BYTES = 16 << 10
+_MAX_RESULT_MESSAGE_BYTES = 512 << 10
+_MAX_VERDICTS_PER_BEAT = 64
+
+
+class FrontDesk:
+    """Serves hello, join, bid, result and heartbeat."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        auctioneer: Auctioneer,
+        dispatcher: Dispatcher,
+        open_jobs: Callable[[], Sequence[OpenJob]],
+    ) -> None:
+        self._roster = roster
+        self._auctioneer = auctioneer
+        self._dispatcher = dispatcher
+        self._open_jobs = open_jobs
+
+    def serve(self, network: Network) -> None:
+        """Registers the handlers."""
+        network.serve(HELLO_PROTOCOL, self._hello, max_request_bytes=_MAX_SMALL_BYTES)
+        network.serve(JOIN_PROTOCOL, self._join, max_request_bytes=_MAX_SMALL_BYTES)
+        network.serve(BID_PROTOCOL, self._bid, max_request_bytes=_MAX_SMALL_BYTES)
+        network.serve(RESULT_PROTOCOL, self._result, max_request_bytes=_MAX_RESULT_MESSAGE_BYTES)
+        network.serve(HEARTBEAT_PROTOCOL, self._heartbeat)
+        network.on_peer_lost(self._lost)
+
+    async def _hello(self, peer: PeerId, data: bytes) -> bytes:
+        return self._roster.hello(HelloRequest.decode(data)).encode()
+
+    async def _join(self, peer: PeerId, data: bytes) -> bytes:
+        await self._roster.join(peer, JoinRequest.decode(data))
+        self._auctioneer.poke()
+        return JoinReply(open_jobs=tuple(self._open_jobs())).encode()
+
+    async def _bid(self, peer: PeerId, data: bytes) -> bytes:
+        return (await self._auctioneer.bid(peer, Signed[Bid].decode(data))).encode()
+
+    async def _result(self, peer: PeerId, data: bytes) -> bytes:
+        return (await self._dispatcher.submit(peer, ResultMessage.decode(data))).encode()
+
+    async def _heartbeat(self, peer: PeerId, data: bytes) -> bytes:
+        beat = Heartbeat.decode(data)
+        revoked = self._dispatcher.heartbeat(peer, beat)
+        member = self._roster.member(peer)
+        for lease_id in beat.acknowledged:
+            member.undelivered.pop(LeaseId(lease_id), None)
+        jobs = tuple(self._open_jobs())
+        return HeartbeatReply(
+            revoked=revoked,
+            verdicts=tuple(list(member.undelivered.values())[:_MAX_VERDICTS_PER_BEAT]),
+            open_jobs=jobs,
+            idle_reason=self._auctioneer.idle_reason(peer, bool(jobs)),
+        ).encode()
+
+    def _lost(self, peer: PeerId, cause: str) -> None:
+        self._roster.lost(peer)
+        self._auctioneer.node_lost(peer)

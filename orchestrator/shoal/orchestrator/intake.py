@@ -1,0 +1,179 @@
+"""Jobs arriving: checked, priced against their budget, prepared, and funded on the chain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shoal.models.base import describe_base
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.store.tables import JobRow
+from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, Unavailable
+from shoal.protocol.job import Job, JobSpec, JobState
+from shoal.protocol.money import format_dollars
+from shoal.protocol.policy import BaseModelRef
+from shoal.protocol.signing import Signed
+from shoal.rl.base_models import fetch_base
+from shoal.rl.environments import Split, load_environment
+
+_log = logging.getLogger(__name__)
+
+ESCROW_PERIOD_S = 7 * 24 * 3600
+_FUNDING_POLL_S = 0.5
+
+
+class Intake:
+    """Takes signed jobs and starts each once its escrow is funded."""
+
+    def __init__(
+        self, context: Context, journal: Journal, start: Callable[[str], Awaitable[None]]
+    ) -> None:
+        self._context = context
+        self._journal = journal
+        self._start = start
+        self._preparing = asyncio.Lock()
+
+    async def submit(self, signed: Signed[Job]) -> JobRow:
+        """Keeps the job, ready to be funded; the same job twice is kept once.
+
+        Raises:
+            InvalidRequest: the job cannot run: environment, model or budget.
+            Unauthorised: the requester did not sign it.
+        """
+        job = signed.record
+        signed.require_signer(self._context.domain, job.requester)
+        known = await self.find(job.job_id())
+        if known is not None:
+            return known
+        check_budget(job.spec)
+        async with self._preparing:
+            base = await self._context.computed(lambda: self._prepare(job.spec))
+        now_ms = self._context.time.now_ms()
+        row = JobRow(
+            job_id=job.job_id(),
+            record=signed.encode().decode(),
+            base=base.encode().decode(),
+            state=JobState.FUNDING.value,
+            reason="waiting for the escrow to be funded",
+            escrow_deadline_s=now_ms // 1000 + ESCROW_PERIOD_S,
+            created_ms=now_ms,
+        )
+        await self._context.database.run(lambda session: session.add(row))
+        await self._journal.event(row.job_id, "job_received", {"name": job.spec.name})
+        return row
+
+    def _prepare(self, spec: JobSpec) -> BaseModelRef:
+        for env_spec in spec.environments:
+            environment = load_environment(env_spec)
+            environment.num_tasks(Split.TRAIN)
+        folder = fetch_base(
+            spec.model,
+            self.models_dir,
+            allow_local=self._context.config.allow_local_models,
+        )
+        base = describe_base(
+            spec.model, folder, lambda path: self._context.blobs.put_file(path, pin=True)
+        )
+        if spec.model_sha256 not in (None, base.content_digest()):
+            raise InvalidRequest(
+                f"Model {spec.model!r} has digest {base.content_digest()} and the job pins "
+                f"{spec.model_sha256}; correct model_sha256 or leave it out.",
+                code="model_changed",
+            )
+        return base
+
+    @property
+    def models_dir(self) -> Path:
+        """Where bases are kept."""
+        return self._context.config.data_dir / "models"
+
+    async def find(self, job_id: str) -> JobRow | None:
+        """The job, or None."""
+        return await self._context.database.run(lambda session: session.get(JobRow, job_id))
+
+    async def require(self, job_id: str) -> JobRow:
+        """The job.
+
+        Raises:
+            NotFound: there is none with this id.
+        """
+        row = await self.find(job_id)
+        if row is None:
+            raise NotFound(f"There is no job {job_id}; `shoal jobs` lists them.", code="no_job")
+        return row
+
+    async def watch_funding(self) -> None:
+        """Runs for ever: each job whose escrow is on the chain is started."""
+        while True:
+            await asyncio.sleep(_FUNDING_POLL_S)
+            waiting = await self._context.database.run(_waiting_for_funds)
+            for row in waiting:
+                try:
+                    await self._check_funding(row)
+                except Unavailable as error:
+                    _log.warning(
+                        "funding_unknown", extra={"job_id": row.job_id, "reason": error.message}
+                    )
+
+    async def _check_funding(self, row: JobRow) -> None:
+        job = Signed[Job].model_validate_json(row.record).record
+        escrow = await self._context.chain.escrow(row.job_id)
+        if escrow.funded_micros == 0:
+            return
+        if escrow.coordinator.lower() != self._context.account.address.lower():
+            await self._fail(row.job_id, "the escrow names another orchestrator")
+        elif escrow.funded_micros < job.spec.budget.max_total_micros:
+            await self._fail(
+                row.job_id,
+                f"the escrow holds ${format_dollars(escrow.funded_micros)} and the job's budget "
+                f"is ${format_dollars(job.spec.budget.max_total_micros)}",
+            )
+        else:
+            await self._fund(row.job_id, escrow.funded_micros)
+
+    async def _fund(self, job_id: str, funded_micros: int) -> None:
+        def write(session: Session) -> None:
+            row = session.get_one(JobRow, job_id)
+            row.funded_micros = funded_micros
+            row.state, row.reason = JobState.RUNNING.value, ""
+            row.started_ms = self._context.time.now_ms()
+
+        await self._context.database.run(write)
+        await self._journal.event(job_id, "job_funded", {"funded_micros": funded_micros})
+        await self._start(job_id)
+
+    async def _fail(self, job_id: str, reason: str) -> None:
+        def write(session: Session) -> None:
+            row = session.get_one(JobRow, job_id)
+            row.state, row.reason = JobState.FAILED.value, reason
+            row.finished_ms = self._context.time.now_ms()
+
+        await self._context.database.run(write)
+        await self._journal.event(job_id, "job_failed", {"reason": reason})
+
+
+def _waiting_for_funds(session: Session) -> list[JobRow]:
+    return list(session.scalars(select(JobRow).where(JobRow.state == JobState.FUNDING.value)))
+
+
+def check_budget(spec: JobSpec) -> None:
+    """Passes if the budget buys at least one policy update at the job's highest prices.
+
+    Raises:
+        OverBudget: it does not.
+    """
+    budget = spec.budget
+    one_step = spec.groups_per_batch * (budget.max_rollout_micros + budget.max_gradient_micros)
+    if budget.max_total_micros < one_step:
+        raise OverBudget(
+            f"The budget of ${format_dollars(budget.max_total_micros)} does not cover one policy "
+            f"update, which may cost ${format_dollars(one_step)} at the job's highest prices; "
+            "raise budget.max_total or lower budget.max_unit_price.",
+            code="budget_too_small",
+        )

@@ -1,0 +1,203 @@
+"""All jobs of this orchestrator: started, run to their end, settled, closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.learner import Learner
+from shoal.orchestrator.publisher import Publisher
+from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.tables import JobRow
+from shoal.protocol.errors import OverBudget, ShoalError, Unavailable
+from shoal.protocol.job import Job, JobState
+from shoal.protocol.market import TaskKind
+from shoal.protocol.node import OpenJob
+from shoal.protocol.policy import BaseModelRef
+from shoal.protocol.signing import Signed
+from shoal.rl.base_models import fetch_base
+
+_log = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.1
+_CHAIN_RETRY_S = 1.0
+
+
+class Jobs:
+    """Runs each funded job in a task of its own."""
+
+    def __init__(
+        self,
+        context: Context,
+        journal: Journal,
+        settler: Settler,
+        dispatcher: Dispatcher,
+        auctioneer: Auctioneer,
+        publisher: Publisher,
+    ) -> None:
+        self._context = context
+        self._journal = journal
+        self._settler = settler
+        self._dispatcher = dispatcher
+        self._auctioneer = auctioneer
+        self._publisher = publisher
+        self._running: dict[str, JobRun] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def find(self, job_id: str) -> JobRun | None:
+        """The job's run, while this process holds it."""
+        return self._running.get(job_id)
+
+    def learner(self, job_id: str) -> Learner:
+        """The policy of a running job, for the verifier."""
+        return self._running[job_id].learner
+
+    def open_jobs(self) -> list[OpenJob]:
+        """The jobs that accept bids."""
+        return [
+            OpenJob(
+                job_id=job_id,
+                name=run.learner.spec.name,
+                model=run.learner.spec.model,
+                num_parameters=run.learner.base.num_parameters,
+                lora=run.learner.spec.lora,
+                reserve_micros={
+                    TaskKind.ROLLOUT: run.learner.spec.budget.max_rollout_micros,
+                    TaskKind.GRADIENT: run.learner.spec.budget.max_gradient_micros,
+                    TaskKind.EVALUATE: run.learner.spec.budget.max_evaluate_micros,
+                },
+                epoch=self._journal.open_epoch(job_id),
+            )
+            for job_id, run in self._running.items()
+            if run.selling
+        ]
+
+    def running_ids(self) -> list[str]:
+        """The jobs whose epochs are being settled."""
+        return list(self._running)
+
+    async def resume(self) -> None:
+        """Starts every job the database says is running."""
+        unfinished = (JobState.RUNNING.value, JobState.DRAINING.value)
+        rows = await self._context.database.run(
+            lambda session: session.scalars(
+                select(JobRow).where(JobRow.state.in_(unfinished))
+            ).all()
+        )
+        for row in rows:
+            await self.start(row.job_id)
+
+    async def start(self, job_id: str) -> None:
+        """The job runs from now on, from its newest checkpoint if it has one."""
+        task = asyncio.create_task(self._guard(job_id), name=f"job {job_id[:10]}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Stops driving all jobs; their records stay as they are."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _guard(self, job_id: str) -> None:
+        try:
+            await self._drive(job_id)
+        except ShoalError as error:
+            _log.error("job_failed", extra={"job_id": job_id, "reason": error.message})
+            await self._finish(job_id, JobState.FAILED, error.message)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            _log.exception("job_crashed", extra={"job_id": job_id})
+            await self._finish(
+                job_id, JobState.FAILED, "a defect of the orchestrator; its log has the details"
+            )
+        finally:
+            self._running.pop(job_id, None)
+
+    async def _drive(self, job_id: str) -> None:
+        await self._journal.adopt(job_id)
+        await self._settler.adopt(job_id)
+        row = await self._context.database.run(lambda session: session.get_one(JobRow, job_id))
+        job = Signed[Job].model_validate_json(row.record).record
+        base = BaseModelRef.model_validate_json(row.base)
+        learner = await self._context.computed(lambda: self._load(job, base))
+        run = JobRun(self._context, self._journal, self._auctioneer, learner)
+        self._running[job_id] = run
+        state, reason = JobState.COMPLETE, ""
+        try:
+            await run.run()
+        except OverBudget as error:
+            state, reason = JobState.PAUSED, error.message
+        except ShoalError as error:
+            state, reason = JobState.FAILED, error.message
+        run.selling = False
+        await self._drain(job_id)
+        await self._publisher.publish(run)
+        await self._settle_fully(job_id)
+        if state is not JobState.PAUSED:
+            await self._close_escrow(job_id)
+        await self._finish(job_id, state, reason)
+
+    def _load(self, job: Job, base: BaseModelRef) -> Learner:
+        folder = fetch_base(
+            job.spec.model,
+            self._context.config.data_dir / "models",
+            allow_local=self._context.config.allow_local_models,
+        )
+        return Learner(job, base, folder, self.run_dir(job.job_id()))
+
+    def run_dir(self, job_id: str) -> Path:
+        """Where the job's checkpoints and released files are."""
+        return self._context.config.data_dir / "jobs" / job_id
+
+    async def _drain(self, job_id: str) -> None:
+        """Nothing of the job is open any more; results already sent in are still judged."""
+        await self._set_state(job_id, JobState.DRAINING, "settling")
+        self._auctioneer.withdraw(job_id)
+        await self._dispatcher.revoke_job(job_id, "the job has ended")
+        while self._dispatcher.live_leases(job_id):
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def _settle_fully(self, job_id: str) -> None:
+        while True:
+            try:
+                if not await self._settler.settle(job_id):
+                    return
+            except Unavailable as error:
+                _log.warning("settlement_waits", extra={"job_id": job_id, "reason": str(error)})
+                await asyncio.sleep(_CHAIN_RETRY_S)
+
+    async def _close_escrow(self, job_id: str) -> None:
+        while True:
+            try:
+                if not (await self._context.chain.escrow(job_id)).closed:
+                    await self._context.chain.close_job(job_id)
+            except Unavailable as error:
+                _log.warning("closing_waits", extra={"job_id": job_id, "reason": str(error)})
+                await asyncio.sleep(_CHAIN_RETRY_S)
+            else:
+                await self._journal.event(job_id, "escrow_closed", {})
+                return
+
+    async def _finish(self, job_id: str, state: JobState, reason: str) -> None:
+        await self._set_state(job_id, state, reason)
+        await self._journal.event(job_id, f"job_{state.value}", {"reason": reason})
+
+    async def _set_state(self, job_id: str, state: JobState, reason: str) -> None:
+        def write(session: Session) -> None:
+            row = session.get_one(JobRow, job_id)
+            row.state, row.reason = state.value, reason
+            if state is not JobState.DRAINING:
+                row.finished_ms = self._context.time.now_ms()
+
+        await self._context.database.run(write)

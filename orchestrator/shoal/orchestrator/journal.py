@@ -1,0 +1,140 @@
+"""What happened, written down: events for the requester, statements for provenance."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.store.tables import EventRow, JobRow, StatementRow
+from shoal.protocol.canonical import sha256_hex
+from shoal.provenance.dsse import Envelope
+from shoal.provenance.dsse import sign as sign_envelope
+from shoal.provenance.statement import StatementKind
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One event of a job, as stored."""
+
+    seq: int
+    at_ms: int
+    type: str
+    data: dict[str, Any]
+
+
+class Journal:
+    """Appends events and statements; wakes whoever follows a job."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._changed: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._next_seq: dict[str, int] = {}
+        self._open_epoch: dict[str, int] = {}
+
+    async def event(self, job_id: str, type_: str, data: Mapping[str, object]) -> None:
+        """Records that ``type_`` happened to the job, and wakes its followers."""
+        row = EventRow(
+            job_id=job_id,
+            at_ms=self._context.time.now_ms(),
+            type=type_,
+            data=json.dumps(data, sort_keys=True),
+        )
+        await self._context.database.run(lambda session: session.add(row))
+        _log.info(type_, extra={"job_id": job_id, **data})
+        self._wake(job_id)
+
+    async def events(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
+        """The job's events with a sequence number above ``after``, oldest first."""
+
+        def read(session: Session) -> list[Event]:
+            rows = session.scalars(
+                select(EventRow)
+                .where(EventRow.job_id == job_id, EventRow.seq > after)
+                .order_by(EventRow.seq)
+                .limit(limit)
+            )
+            return [
+                Event(seq=row.seq, at_ms=row.at_ms, type=row.type, data=json.loads(row.data))
+                for row in rows
+            ]
+
+        return await self._context.database.run(read)
+
+    async def changed(self, job_id: str, timeout_s: float) -> bool:
+        """Waits until something happens to the job; False if nothing did in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed[job_id].wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _wake(self, job_id: str) -> None:
+        self._changed.pop(job_id, asyncio.Event()).set()
+
+    async def adopt(self, job_id: str) -> None:
+        """Learns where the job's statement log stands; call once before `state`."""
+
+        def read(session: Session) -> tuple[int, int]:
+            last, stated = session.execute(
+                select(func.max(StatementRow.seq), func.max(StatementRow.epoch)).where(
+                    StatementRow.job_id == job_id
+                )
+            ).one()
+            unclosed = session.get_one(JobRow, job_id).epoch
+            return (0 if last is None else last + 1), max(unclosed, stated or 1)
+
+        self._next_seq[job_id], self._open_epoch[job_id] = await self._context.database.run(read)
+
+    def open_epoch(self, job_id: str) -> int:
+        """The epoch that statements and pay recorded now belong to."""
+        return self._open_epoch[job_id]
+
+    def turn_epoch(self, job_id: str) -> int:
+        """Closes the open epoch to newcomers and returns its number."""
+        closed = self._open_epoch[job_id]
+        self._open_epoch[job_id] = closed + 1
+        return closed
+
+    def state(
+        self, job_id: str, kind: StatementKind, statement: bytes, contributor: str | None = None
+    ) -> StatementRow:
+        """A row for a statement the orchestrator's node signs.
+
+        The caller adds the row to the transaction that makes the stated fact true.
+        """
+        envelope = sign_envelope(
+            statement,
+            key_id=self._context.identity.peer_id,
+            sign=self._context.identity.sign,
+        )
+        return self.statement_row(
+            job_id, kind, envelope, contributor or self._context.account.address
+        )
+
+    def statement_row(
+        self, job_id: str, kind: StatementKind, envelope: Envelope, contributor: str
+    ) -> StatementRow:
+        """A row for an envelope already signed, by us or by a worker's node."""
+        seq = self._next_seq[job_id]
+        self._next_seq[job_id] = seq + 1
+        return StatementRow(
+            job_id=job_id,
+            seq=seq,
+            epoch=self._open_epoch[job_id],
+            kind=kind.value,
+            contributor=contributor,
+            envelope=envelope.to_text(),
+            payload_sha256=sha256_hex(envelope.payload_bytes()),
+        )

@@ -1,0 +1,239 @@
+"""The orchestrator process: opens every socket, file and key, and wires the parts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import uvicorn
+from fastapi import FastAPI
+
+from shoal.contracts.deployment import load_deployment
+from shoal.contracts.gateway import ChainGateway
+from shoal.network.blob_server import BlobServer
+from shoal.network.blob_store import BlobStore
+from shoal.network.identity import NodeIdentity
+from shoal.network.libp2p_node import Libp2pNode
+from shoal.orchestrator.api import Api
+from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.config import OrchestratorConfig
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.frontdesk import FrontDesk
+from shoal.orchestrator.intake import Intake
+from shoal.orchestrator.jobs import Jobs
+from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.publisher import Publisher
+from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.database import Database
+from shoal.orchestrator.verifier import Verifier
+from shoal.orchestrator.views import Views
+from shoal.protocol.clock import SystemTime
+from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.keystore import load_account
+from shoal.protocol.node import BoundNode, NodeBinding
+from shoal.protocol.signing import Domain, sign
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+READY_LINE = "shoal-orchestrator-ready"
+
+
+class Orchestrator:
+    """All parts of one orchestrator, running between `started` and its end."""
+
+    def __init__(self, context: Context, api_url: str, blob_url: Callable[[], str]) -> None:
+        self.context = context
+        self.journal = Journal(context)
+        self.roster = Roster(context, api_url, blob_url)
+        self.settler = Settler(context, self.journal)
+        self.dispatcher = Dispatcher(context, self.roster, self.settler)
+        self.auctioneer = Auctioneer(context, self.roster, self.dispatcher)
+        self.publisher = Publisher(context, self.journal, _own_binding(context))
+        self.jobs = Jobs(
+            context,
+            self.journal,
+            self.settler,
+            self.dispatcher,
+            self.auctioneer,
+            self.publisher,
+        )
+        self.verifier = Verifier(
+            context, self.journal, self.settler, self.dispatcher, self.auctioneer, self.jobs
+        )
+        self.intake = Intake(context, self.journal, self.jobs.start)
+        self.front_desk = FrontDesk(
+            self.roster, self.auctioneer, self.dispatcher, self.jobs.open_jobs
+        )
+        views = Views(context, self.jobs, self.roster, self.auctioneer)
+        self.api = Api(
+            context, self.intake, self.journal, self.settler, self.publisher, views, self.roster
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Everything runs until ``stop`` is set or a part breaks."""
+        await self.jobs.resume()
+        loops = [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "auctioneer": self.auctioneer.run(),
+                "verifier": self.verifier.run(),
+                "funding": self.intake.watch_funding(),
+                "clocks": self._tick(),
+                "settlement": self._settle(),
+                "stop": stop.wait(),
+            }.items()
+        ]
+        try:
+            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+            await self.jobs.close()
+            await self.dispatcher.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            await self.dispatcher.reap()
+            # Capacity also returns by the clock alone: suspensions end, bids lapse.
+            self.auctioneer.poke()
+
+    async def _settle(self) -> None:
+        while True:
+            await asyncio.sleep(self.context.config.epoch_ms / 1000)
+            await self.settler.settle_all(
+                [job_id for job_id in self.jobs.running_ids() if self.settler.knows(job_id)]
+            )
+
+
+def _own_binding(context: Context) -> BoundNode:
+    binding = NodeBinding(
+        account=context.account.address,
+        node=context.identity.peer_id,
+        node_key="0x" + context.identity.public_key.hex(),
+        valid_from_ms=0,
+    )
+    return BoundNode(
+        binding=sign(binding, context.domain, context.account),
+        node_signature="0x" + context.identity.sign(binding.node_message()).hex(),
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
+    """Opens what the configuration names; all of it is closed again on the way out.
+
+    Raises:
+        InvalidRequest, Unavailable: naming what could not be opened, and why.
+    """
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    account = load_account(config.key_file)
+    deployment = load_deployment(config.deployment_file)
+    identity = NodeIdentity.load_or_create(config.data_dir / "node.key")
+    async with contextlib.AsyncExitStack() as stack:
+        chain = await ChainGateway.connect(config.rpc_url, deployment, account)
+        stack.push_async_callback(chain.close)
+        database = Database(config.resolved_database_url())
+        stack.callback(database.close)
+        network = Libp2pNode(identity, config.p2p_listen)
+        await network.start()
+        stack.push_async_callback(network.stop)
+        compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        stack.callback(compute.shutdown, wait=True, cancel_futures=True)
+        yield Context(
+            config=config,
+            database=database,
+            network=network,
+            blobs=BlobStore(config.data_dir / "blobs", config.blob_cache_bytes),
+            chain=chain,
+            deployment=deployment,
+            account=account,
+            identity=identity,
+            domain=Domain(chain_id=deployment.chain_id, escrow=deployment.job_escrow),
+            time=SystemTime(),
+            compute=compute,
+        )
+
+
+async def run_orchestrator(config: OrchestratorConfig) -> None:
+    """Runs one orchestrator until SIGINT or SIGTERM; prints one ready line to stdout."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop.set)
+    listening = _bind(config.api_host, config.api_port)
+    api_url = f"http://{config.public_host}:{listening.getsockname()[1]}"
+    async with open_context(config) as context:
+        await context.computed(_one_thread)
+        blob_server: BlobServer | None = None
+        orchestrator = Orchestrator(
+            context, api_url, lambda: blob_server.url if blob_server else ""
+        )
+        blob_server = BlobServer(
+            context.blobs,
+            host=config.blob_host,
+            port=config.blob_port,
+            authorise=orchestrator.dispatcher.authorise_upload,
+        )
+        await blob_server.start()
+        orchestrator.front_desk.serve(context.network)
+        server = _server(orchestrator.api.app())
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            _announce(api_url, context)
+            await orchestrator.run(stop)
+        finally:
+            server.should_exit = True
+            await serving
+            await blob_server.stop()
+
+
+def _one_thread() -> None:
+    import torch
+
+    # Two spinning OpenMP pools on few cores are many times slower than one thread each.
+    torch.set_num_threads(1)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InvalidRequest(
+            f"The API cannot listen on {host}:{port}: {error.strerror}; choose another api_port "
+            "or stop what uses it.",
+            code="port_in_use",
+        ) from None
+    return listening
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    )
+    # Signals are ours: uvicorn would otherwise take them and leave the workers hanging.
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    return server
+
+
+def _announce(api_url: str, context: Context) -> None:
+    line = {"event": READY_LINE, "api_url": api_url, "p2p": list(context.network.addresses)}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,264 @@
+"""The end of a job: the adapter folder, the release statement, the provenance bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shoal.market.settlement import PayoutSet
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.evaluations import Evaluation
+from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.store.tables import EpochRow, EventRow, JobRow, NodeRow, StatementRow
+from shoal.protocol.errors import InvariantBroken, NotFound, Unavailable
+from shoal.protocol.job import Job, JobState
+from shoal.protocol.market import Payout
+from shoal.protocol.node import BoundNode, ContractAddresses
+from shoal.protocol.policy import BaseModelRef, ModelFile
+from shoal.protocol.signing import Signed
+from shoal.provenance.bundle import (
+    BUNDLE_FILE,
+    Bundle,
+    BundleEpoch,
+    LoggedStatement,
+    released_files,
+    write_bundle,
+)
+from shoal.provenance.dsse import Envelope
+from shoal.provenance.log import EMPTY_HEAD, replay_head
+from shoal.provenance.statement import ReleasePredicate, StatementKind, release_statement
+
+_RELEASE_INDEX = "release.json"
+_MAX_PAYOUTS_BYTES = 1 << 30
+_MAX_LINKS = 1024
+_TERMINAL = (JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
+
+
+class Publisher:
+    """Writes what a requester downloads and a reader verifies."""
+
+    def __init__(self, context: Context, journal: Journal, own_binding: BoundNode) -> None:
+        self._context = context
+        self._journal = journal
+        self._own_binding = own_binding
+
+    async def publish(self, run: JobRun) -> None:
+        """The current policy is a downloadable PEFT folder, and its release is stated."""
+        if run.policy is None:
+            return
+        policy = run.policy
+        folder = self._folder(run.job_id)
+        metrics = await self.metrics(run.job_id)
+        card = _card(run, run.evaluations.all)
+        await self._context.computed(lambda: self._write(run, folder, card, metrics))
+        files = {path.name: path for path in sorted(folder.iterdir())}
+        released = released_files(files)
+        index = [
+            ModelFile(path=name, blob=self._context.blobs.put_file(path, pin=True)).to_json()
+            for name, path in files.items()
+        ]
+        statement = release_statement(
+            ReleasePredicate(
+                job_id=run.job_id,
+                policy=policy,
+                base_name=run.learner.base.name,
+                update_sha256=run.last_update_sha256,
+                evaluations=_evaluation_statements(run.evaluations.all, policy.version),
+            ),
+            {file.path: file.sha256 for file in released},
+        )
+        row = self._journal.state(run.job_id, StatementKind.RELEASE, statement)
+        await self._context.database.run(lambda session: session.add(row))
+        (folder.parent / _RELEASE_INDEX).write_text(json.dumps(index))
+        await self._journal.event(
+            run.job_id,
+            "model_published",
+            {"policy_version": policy.version, "adapter_sha256": policy.adapter.sha256},
+        )
+
+    def _write(self, run: JobRun, folder: Path, card: str, metrics: str) -> None:
+        base = run.learner.base
+        run.learner.policy.save_peft_folder(folder, base.name, base.content_digest(), card)
+        (folder / "job.json").write_text(run.learner.job.model_dump_json(indent=2))
+        (folder / "metrics.jsonl").write_text(metrics)
+
+    def _folder(self, job_id: str) -> Path:
+        return self._context.config.data_dir / "jobs" / job_id / "adapter"
+
+    def files(self, job_id: str) -> list[ModelFile]:
+        """The released files.
+
+        Raises:
+            NotFound: the job has released nothing yet.
+        """
+        index = self._folder(job_id).parent / _RELEASE_INDEX
+        if not index.exists():
+            raise NotFound(
+                f"Job {job_id} has released no model yet; wait until it is complete.",
+                code="no_model",
+            )
+        return [ModelFile.model_validate(item) for item in json.loads(index.read_text())]
+
+    async def metrics(self, job_id: str) -> str:
+        """The job's metrics, one JSON object per line: updates and evaluations in order."""
+
+        def read(session: Session) -> str:
+            rows = session.scalars(
+                select(EventRow)
+                .where(EventRow.job_id == job_id, EventRow.type.in_(("update", "evaluation")))
+                .order_by(EventRow.seq)
+            )
+            return "".join(_metrics_line(row) for row in rows)
+
+        return await self._context.database.run(read)
+
+    async def bundle(self, job_id: str) -> Path:
+        """The job's provenance bundle.
+
+        Raises:
+            NotFound: there is no such job.
+            Unavailable: the job is not at its end yet.
+        """
+        path = self._folder(job_id).parent / BUNDLE_FILE
+        if path.exists():
+            return path
+        bundle = await self._context.database.run(lambda session: self._bundle(session, job_id))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bundle(bundle, path)
+        return path
+
+    def _bundle(self, session: Session, job_id: str) -> Bundle:
+        row = session.get(JobRow, job_id)
+        if row is None:
+            raise NotFound(f"There is no job {job_id}; `shoal jobs` lists them.", code="no_job")
+        if JobState(row.state) not in _TERMINAL:
+            raise Unavailable(
+                f"Job {job_id} is {row.state}; its bundle is ready when it has ended.",
+                code="not_final",
+                retry_after_s=5,
+            )
+        epochs = session.scalars(
+            select(EpochRow).where(EpochRow.job_id == job_id).order_by(EpochRow.epoch)
+        ).all()
+        nodes = [
+            BoundNode.model_validate_json(node.bound_node)
+            for node in session.scalars(select(NodeRow).order_by(NodeRow.node))
+        ]
+        anchors = [(bytes.fromhex(e.prov_root[2:]), e.num_statements) for e in epochs]
+        head = replay_head(anchors) if anchors else EMPTY_HEAD
+        folder = self._folder(job_id)
+        files = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
+        deployment = self._context.deployment
+        return Bundle(
+            domain=self._context.domain,
+            contracts=ContractAddresses(
+                token=deployment.token,
+                stake_vault=deployment.stake_vault,
+                job_escrow=deployment.job_escrow,
+                provenance_log=deployment.provenance_log,
+            ),
+            orchestrator=self._context.account.address,
+            job_id=job_id,
+            job=Signed[Job].model_validate_json(row.record),
+            base=BaseModelRef.model_validate_json(row.base),
+            nodes=(self._own_binding, *nodes),
+            statements=_statements(session, job_id),
+            epochs=tuple(_bundle_epoch(epoch) for epoch in epochs),
+            payouts=_last_payouts(epochs),
+            head="0x" + head.hex(),
+            files=released_files(files),
+        )
+
+
+def _statements(session: Session, job_id: str) -> tuple[LoggedStatement, ...]:
+    rows = session.scalars(
+        select(StatementRow).where(StatementRow.job_id == job_id).order_by(StatementRow.seq)
+    )
+    logged: list[LoggedStatement] = []
+    for row in rows:
+        # The log counts within an epoch; the table counts over the whole job.
+        follows = bool(logged) and logged[-1].epoch == row.epoch
+        logged.append(
+            LoggedStatement(
+                kind=StatementKind(row.kind),
+                contributor=row.contributor,
+                epoch=row.epoch,
+                seq=logged[-1].seq + 1 if follows else 0,
+                envelope=Envelope.from_text(row.envelope),
+            )
+        )
+    return tuple(logged)
+
+
+def _bundle_epoch(row: EpochRow) -> BundleEpoch:
+    return BundleEpoch(
+        number=row.epoch,
+        pay_root=row.pay_root,
+        provenance_root=row.prov_root,
+        num_statements=row.num_statements,
+        cumulative_micros=row.cumulative_micros,
+        tx_hash=row.tx_hash,
+        block_number=row.block_number,
+    )
+
+
+def _last_payouts(epochs: Sequence[EpochRow]) -> tuple[Payout, ...]:
+    if not epochs:
+        return ()
+    last = PayoutSet.decode(epochs[-1].payouts.encode(), max_bytes=_MAX_PAYOUTS_BYTES)
+    return last.payouts
+
+
+def _evaluation_statements(evaluations: Sequence[Evaluation], version: int) -> tuple[str, ...]:
+    final = [e for e in evaluations if e.policy.version == version]
+    return tuple(final[-1].statements[:_MAX_LINKS]) if final else ()
+
+
+def _metrics_line(row: EventRow) -> str:
+    data: dict[str, Any] = json.loads(row.data)
+    if row.type == "evaluation":
+        data = {
+            "policy_version": data["policy_version"],
+            "eval/accuracy": data["accuracy"],
+            "eval/num_examples": data["num_examples"],
+        }
+    return json.dumps({"at_ms": row.at_ms, **data}, sort_keys=True) + "\n"
+
+
+def _card(run: JobRun, evaluations: Sequence[Evaluation]) -> str:
+    spec, policy, base = run.learner.spec, run.policy, run.learner.base
+    if policy is None:
+        raise InvariantBroken("A card was asked for before any policy was published.")
+    rows = "\n".join(
+        f"| {e.policy.version} | {e.accuracy:.4f} | {e.num_examples} |"
+        for e in evaluations
+        if e.complete.is_set()
+    )
+    environments = ", ".join(f"`{env.id}`" for env in spec.environments)
+    return f"""---
+base_model: {base.name}
+library_name: peft
+tags: [reinforcement-learning, lora, shoal]
+---
+# {spec.name}
+
+A LoRA adapter for `{base.name}`, trained by reinforcement learning on {environments} with
+workers that bid for each task.
+
+| policy version | held-out greedy accuracy | prompts |
+| ---: | ---: | ---: |
+{rows}
+
+- Job: `{run.job_id}`
+- Base content digest (SHA-256): `{base.content_digest()}`
+- Adapter digest (SHA-256): `{policy.adapter.sha256}`, policy version {policy.version}
+
+`bundle.json` of the job lists every contribution and payment;
+`shoal provenance verify bundle.json --model .` checks it offline.
+"""

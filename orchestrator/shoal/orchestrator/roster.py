@@ -1,0 +1,180 @@
+"""Which worker nodes are here, whose they are, and whether they may work."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shoal.network.identity import peer_id_of
+from shoal.network.identity import verify as verify_node_signature
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.store.tables import NodeRow
+from shoal.protocol.errors import InvalidRequest, Unauthorised
+from shoal.protocol.ids import LeaseId, PeerId
+from shoal.protocol.money import format_dollars
+from shoal.protocol.node import (
+    PROTOCOL_VERSION,
+    ContractAddresses,
+    HelloReply,
+    HelloRequest,
+    JoinRequest,
+)
+from shoal.protocol.result import Verdict
+from shoal.protocol.signing import Signed
+from shoal.protocol.version import SOFTWARE_VERSION
+
+
+@dataclass(kw_only=True)
+class Member:
+    """One joined node.  ``undelivered`` verdicts are resent until acknowledged."""
+
+    node: PeerId
+    account: str
+    name: str
+    device: str
+    connected: bool = True
+    last_seen_ms: int
+    consecutive_valid: int = 0
+    audited: int = 0
+    undelivered: dict[LeaseId, Signed[Verdict]] = field(default_factory=dict)
+    recent_unit_ms: dict[str, deque[int]] = field(default_factory=dict)
+
+
+class Roster:
+    """Admits nodes and remembers them while the process lives."""
+
+    def __init__(self, context: Context, api_url: str, blob_url: Callable[[], str]) -> None:
+        self._context = context
+        self.api_url = api_url
+        self._blob_url = blob_url
+        self._members: dict[str, Member] = {}
+
+    @property
+    def blob_urls(self) -> tuple[str, ...]:
+        """Where blobs are fetched from and results put."""
+        return (self._blob_url(),)
+
+    def hello(self, request: HelloRequest) -> HelloReply:
+        """What a worker needs to know before it joins.
+
+        Raises:
+            InvalidRequest: the worker speaks another version of the protocol.
+        """
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise InvalidRequest(
+                f"This orchestrator speaks protocol version {PROTOCOL_VERSION} (Shoal "
+                f"{SOFTWARE_VERSION}) and the worker speaks {request.protocol_version} (Shoal "
+                f"{request.software_version}); install the matching release of Shoal.",
+                code="stale_version",
+            )
+        deployment = self._context.deployment
+        return HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=SOFTWARE_VERSION,
+            domain=self._context.domain,
+            contracts=ContractAddresses(
+                token=deployment.token,
+                stake_vault=deployment.stake_vault,
+                job_escrow=deployment.job_escrow,
+                provenance_log=deployment.provenance_log,
+            ),
+            orchestrator=self._context.account.address,
+            min_stake_micros=self._context.config.min_stake_micros,
+            rpc_urls=(self._context.config.rpc_url,),
+            api_url=self.api_url,
+            blob_urls=self.blob_urls,
+            heartbeat_ms=self._context.config.heartbeat_ms,
+        )
+
+    async def join(self, peer: PeerId, request: JoinRequest) -> Member:
+        """Admits the node behind ``peer``.
+
+        Raises:
+            Unauthorised: a signature, the binding on the chain or the stake is missing.
+        """
+        binding = request.bound_node.binding.record
+        self._check_signatures(peer, request)
+        await self._check_chain(binding.account, bytes.fromhex(binding.node_key[2:]))
+        now_ms = self._context.time.now_ms()
+        row = NodeRow(
+            node=peer,
+            account=binding.account,
+            name=request.name,
+            device=request.device,
+            bound_node=request.bound_node.encode().decode(),
+            joined_ms=now_ms,
+        )
+        await self._context.database.run(lambda session: session.merge(row) and None)
+        known = self._members.get(peer)
+        if known is not None:
+            known.connected, known.last_seen_ms = True, now_ms
+            return known
+        member = Member(
+            node=peer,
+            account=binding.account,
+            name=request.name,
+            device=request.device,
+            last_seen_ms=now_ms,
+        )
+        self._members[peer] = member
+        return member
+
+    def _check_signatures(self, peer: PeerId, request: JoinRequest) -> None:
+        binding = request.bound_node.binding.record
+        node_key = bytes.fromhex(binding.node_key[2:])
+        request.bound_node.binding.require_signer(self._context.domain, binding.account)
+        signature = bytes.fromhex(request.bound_node.node_signature[2:])
+        if binding.node != peer or peer_id_of(node_key) != peer:
+            raise Unauthorised(
+                f"The binding names node {binding.node} but the connection is from {peer}; "
+                "join with the node's own key.",
+                code="wrong_node",
+            )
+        if not verify_node_signature(node_key, binding.node_message(), signature):
+            raise Unauthorised(
+                "The node key did not countersign the binding; sign it with the node's own key.",
+                code="wrong_node",
+            )
+
+    async def _check_chain(self, account: str, node_key: bytes) -> None:
+        owner = await self._context.chain.node_owner(node_key)
+        if owner is None or owner.lower() != account.lower():
+            raise Unauthorised(
+                f"The stake vault on chain {self._context.domain.chain_id} does not bind this "
+                f"node to account {account}; call bindNode from that account first.",
+                code="unbound_node",
+            )
+        stake = await self._context.chain.stake_of(account)
+        minimum = self._context.config.min_stake_micros
+        if stake.active_micros < minimum:
+            raise Unauthorised(
+                f"Account {account} has a stake of ${format_dollars(stake.active_micros)} and "
+                f"${format_dollars(minimum)} is needed; stake the difference and join again.",
+                code="no_stake",
+            )
+
+    def member(self, peer: PeerId) -> Member:
+        """The joined node behind ``peer``.
+
+        Raises:
+            Unauthorised: it has not joined since this process started.
+        """
+        member = self._members.get(peer)
+        if member is None:
+            raise Unauthorised(f"Node {peer} has not joined; join first.", code="not_joined")
+        return member
+
+    def find(self, peer: str) -> Member | None:
+        """The node ``peer`` if it has joined since this process started."""
+        return self._members.get(peer)
+
+    def members(self) -> list[Member]:
+        """Every node that joined since this process started."""
+        return list(self._members.values())
+
+    def lost(self, peer: PeerId) -> None:
+        """Notes that the connection to ``peer`` is gone."""
+        member = self._members.get(peer)
+        if member is not None:
+            member.connected = False

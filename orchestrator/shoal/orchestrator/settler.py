@@ -1,0 +1,240 @@
+"""Settlement: what was accepted in an epoch goes to the chain with what was stated in it.
+
+An epoch's payout root and provenance root travel in one transaction.  The row with both
+roots is committed before anything is sent, so a crash in between repeats the same
+transaction, and the escrow's own epoch number makes the repeat harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from shoal.contracts.records import Claim, EpochPost
+from shoal.market.lease import LeaseState
+from shoal.market.settlement import Ledger, PayEntry, PayoutSet
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.store.tables import EpochRow, JobRow, LeaseRow, StatementRow
+from shoal.protocol.errors import NotFound, Unavailable
+from shoal.provenance.log import EpochLog
+from shoal.provenance.statement import StatementKind
+
+_log = logging.getLogger(__name__)
+
+_MAX_PAYOUTS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PayoutProof:
+    """What one account may claim of a job, and the proof the escrow asks for."""
+
+    epoch: int
+    claim: Claim
+
+
+class Settler:
+    """Closes epochs and posts their roots."""
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        self._context = context
+        self._journal = journal
+        self._ledgers: dict[str, Ledger] = {}
+
+    def ledger(self, job_id: str) -> Ledger:
+        """The money of a job this process runs."""
+        return self._ledgers[job_id]
+
+    def knows(self, job_id: str) -> bool:
+        """Whether the job's ledger has been rebuilt."""
+        return job_id in self._ledgers
+
+    async def adopt(self, job_id: str) -> Ledger:
+        """Rebuilds the job's ledger from the verdicts in the database."""
+
+        def read(session: Session) -> Ledger:
+            rows = session.scalars(
+                select(LeaseRow).where(
+                    LeaseRow.job_id == job_id, LeaseRow.state == LeaseState.ACCEPTED.value
+                )
+            )
+            entries = [
+                PayEntry(
+                    task_id=row.task_id,
+                    lease_id=row.lease_id,
+                    account=row.account,
+                    pay_micros=row.pay_micros,
+                )
+                for row in rows
+            ]
+            return Ledger(job_id, session.get_one(JobRow, job_id).funded_micros, entries)
+
+        self._ledgers[job_id] = await self._context.database.run(read)
+        return self._ledgers[job_id]
+
+    async def settle(self, job_id: str) -> bool:
+        """Posts the job's open epoch if it holds anything; whether it did.
+
+        Raises:
+            Unavailable: the chain or the database did not answer; calling again goes on
+                where this call stopped.
+            ChainRejected: the escrow refused the roots.
+        """
+        await self._post_unposted(job_id)
+        if not await self._context.database.run(lambda session: self._pending(session, job_id)):
+            return False
+        # One synchronous step: pay decided from here on belongs to the next epoch.
+        epoch = self._journal.turn_epoch(job_id)
+        payouts = self._ledgers[job_id].payouts(epoch)
+        await self._context.database.run(lambda session: self._close(session, payouts))
+        await self._post_unposted(job_id)
+        return True
+
+    def _pending(self, session: Session, job_id: str) -> bool:
+        epoch = self._journal.open_epoch(job_id)
+        stated = session.scalar(
+            select(func.count())
+            .select_from(StatementRow)
+            .where(StatementRow.job_id == job_id, StatementRow.epoch == epoch)
+        )
+        return bool(stated)
+
+    def _close(self, session: Session, payouts: PayoutSet) -> None:
+        job = session.get_one(JobRow, payouts.job_id)
+        # Normally one epoch; more where the database failed after an epoch was turned.
+        for epoch in range(job.epoch, payouts.epoch + 1):
+            statements = session.scalars(
+                select(StatementRow)
+                .where(StatementRow.job_id == job.job_id, StatementRow.epoch == epoch)
+                .order_by(StatementRow.seq)
+            ).all()
+            num_tasks = session.scalar(
+                select(func.count())
+                .select_from(LeaseRow)
+                .where(LeaseRow.job_id == job.job_id, LeaseRow.settlement_epoch == epoch)
+            )
+            session.add(
+                EpochRow(
+                    job_id=job.job_id,
+                    epoch=epoch,
+                    pay_root="0x" + payouts.root(self._context.domain).hex(),
+                    prov_root="0x" + epoch_log(job.job_id, epoch, statements).root.hex(),
+                    payouts=payouts.encode().decode(),
+                    cumulative_micros=payouts.total_micros,
+                    num_tasks=num_tasks or 0,
+                    num_statements=len(statements),
+                )
+            )
+        job.epoch = payouts.epoch + 1
+
+    async def _post_unposted(self, job_id: str) -> None:
+        rows = await self._context.database.run(
+            lambda session: session.scalars(
+                select(EpochRow)
+                .where(EpochRow.job_id == job_id, EpochRow.tx_hash.is_(None))
+                .order_by(EpochRow.epoch)
+            ).all()
+        )
+        for row in rows:
+            await self._post(row)
+
+    async def _post(self, row: EpochRow) -> None:
+        onchain = await self._context.chain.escrow(row.job_id)
+        if onchain.epoch >= row.epoch:
+            await self._recover(row)
+            return
+        mined = await self._context.chain.post_epoch(
+            EpochPost(
+                job_id=row.job_id,
+                epoch=row.epoch,
+                pay_root=row.pay_root,
+                prov_root=row.prov_root,
+                cumulative_micros=row.cumulative_micros,
+                num_tasks=row.num_tasks,
+                num_statements=row.num_statements,
+            )
+        )
+        await self._mark(row, mined.tx_hash, mined.block_number, mined.gas_used)
+
+    async def _recover(self, row: EpochRow) -> None:
+        """The transaction was mined but its receipt never reached our database."""
+        for posted in await self._context.chain.epochs(row.job_id):
+            if posted.epoch == row.epoch:
+                await self._mark(row, posted.tx_hash, posted.block_number, None)
+
+    async def _mark(
+        self, row: EpochRow, tx_hash: str, block_number: int, gas_used: int | None
+    ) -> None:
+        def write(session: Session) -> None:
+            stored = session.get_one(EpochRow, (row.job_id, row.epoch))
+            stored.tx_hash, stored.block_number = tx_hash, block_number
+            stored.gas_used = gas_used
+
+        await self._context.database.run(write)
+        await self._journal.event(
+            row.job_id,
+            "epoch_posted",
+            {
+                "epoch": row.epoch,
+                "cumulative_micros": row.cumulative_micros,
+                "num_tasks": row.num_tasks,
+                "num_statements": row.num_statements,
+                "tx_hash": tx_hash,
+            },
+        )
+
+    async def payouts(self, job_id: str) -> tuple[int, PayoutSet]:
+        """The last posted epoch and what it owes.
+
+        Raises:
+            NotFound: no epoch of the job is on the chain yet.
+        """
+        row = await self._context.database.run(
+            lambda session: session.scalar(
+                select(EpochRow)
+                .where(EpochRow.job_id == job_id, EpochRow.tx_hash.is_not(None))
+                .order_by(EpochRow.epoch.desc())
+                .limit(1)
+            )
+        )
+        if row is None:
+            raise NotFound(
+                f"Job {job_id} has no settled epoch yet; try again in a few seconds.",
+                code="nothing_settled",
+            )
+        return row.epoch, PayoutSet.decode(row.payouts.encode(), max_bytes=_MAX_PAYOUTS_BYTES)
+
+    async def proof(self, job_id: str, account: str) -> PayoutProof:
+        """What ``account`` may claim.
+
+        Raises:
+            NotFound: nothing is owed to it.
+        """
+        epoch, payouts = await self.payouts(job_id)
+        cumulative_micros, proof = payouts.proof(self._context.domain, account)
+        claim = Claim(
+            account=account,
+            cumulative_micros=cumulative_micros,
+            proof=tuple("0x" + node.hex() for node in proof),
+        )
+        return PayoutProof(epoch=epoch, claim=claim)
+
+    async def settle_all(self, job_ids: list[str]) -> None:
+        """Settles each job; one whose chain does not answer waits for the next round."""
+        for job_id in job_ids:
+            try:
+                await self.settle(job_id)
+            except Unavailable as error:
+                _log.warning("settlement_waits", extra={"job_id": job_id, "reason": error.message})
+
+
+def epoch_log(job_id: str, epoch: int, rows: Iterable[StatementRow]) -> EpochLog:
+    """The provenance log of one epoch, from its stored statements in order."""
+    log = EpochLog(job_id, epoch)
+    for row in rows:
+        log.append(StatementKind(row.kind), row.payload_sha256, row.contributor)
+    return log

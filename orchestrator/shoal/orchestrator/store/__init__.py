@@ -1,0 +1,1 @@
+"""The orchestrator's only record: a relational database."""

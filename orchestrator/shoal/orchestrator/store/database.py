@@ -1,0 +1,99 @@
+"""Opening the database: engine, migrations, and one thread that talks to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from shoal.protocol.errors import InvalidRequest, Unavailable
+
+_MIGRATIONS = Path(__file__).parent.parent / "migrations"
+_BUSY_TIMEOUT_MS = 10_000
+
+_T = TypeVar("_T")
+
+
+class Database:
+    """A migrated database and the one thread every transaction runs in.
+
+    One thread keeps SQLite's single writer and the order of writes simple; each call of
+    `run` is one short transaction, and nothing inside it may wait on a network.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = _open_engine(url)
+        _migrate(self._engine)
+        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
+
+    def run_now(self, work: Callable[[Session], _T]) -> _T:
+        """``work`` in one committed transaction, in this thread."""
+        with self._sessions.begin() as session:
+            return work(session)
+
+    async def run(self, work: Callable[[Session], _T]) -> _T:
+        """``work`` in one committed transaction, in the database's thread.
+
+        Raises:
+            Unavailable: the database did not answer; nothing was written.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, self.run_now, work)
+        except OperationalError as error:
+            raise Unavailable(
+                f"The database did not accept the write: {error.orig}.", code="database"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the transaction under way and closes every connection."""
+        self._thread.shutdown(wait=True)
+        self._engine.dispose()
+
+
+def _open_engine(url: str) -> Engine:
+    try:
+        engine = create_engine(url)
+    except (SQLAlchemyError, ImportError) as error:
+        raise InvalidRequest(
+            f"The database URL {url.split('@')[-1]!r} cannot be used: {error}; write "
+            "sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME.",
+            code="bad_database_url",
+        ) from None
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _tune_sqlite)
+    return engine
+
+
+def _tune_sqlite(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    # FULL: what was acknowledged to a worker survives a power cut, not only a crash.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+    cursor.close()
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    try:
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except OperationalError as error:
+        raise Unavailable(
+            f"The database at {engine.url.render_as_string(hide_password=True)} cannot be "
+            f"opened: {error.orig}; check that it runs and that the URL is right.",
+            code="database",
+        ) from None

@@ -1,0 +1,287 @@
+"""Results become verdicts: checked, signed, written down, handed on or given back."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from shoal.market.lease import judge
+from shoal.market.settlement import PayEntry
+from shoal.network.identity import public_key_of
+from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.context import Context
+from shoal.orchestrator.dispatcher import Dispatcher, LiveLease, Submission
+from shoal.orchestrator.jobs import Jobs
+from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.roster import Member
+from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.tables import LeaseRow, StatementRow
+from shoal.orchestrator.workload import Delivery
+from shoal.protocol.errors import PeerFault
+from shoal.protocol.ids import LeaseId, PeerId
+from shoal.protocol.result import Check, CheckName, Verdict
+from shoal.protocol.signing import sign
+from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
+from shoal.provenance.dsse import Envelope
+from shoal.provenance.dsse import verify as verify_envelope
+from shoal.provenance.statement import (
+    WORK_KINDS,
+    StatementKind,
+    require_same_work,
+    verification_statement,
+)
+from shoal.rl import verification
+
+_log = logging.getLogger(__name__)
+
+NEWCOMER_AUDITS = 10
+"""A provider's first results are all recomputed. Source: docs/architecture, "Trust"."""
+_SPEED_SAMPLES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What the checks found; ``payload`` is present when all passed."""
+
+    checks: tuple[Check, ...]
+    payload: object | None
+
+    @property
+    def passed(self) -> bool:
+        return self.payload is not None and all(check.passed for check in self.checks)
+
+
+class Verifier:
+    """Judges submissions one after the other, in the order they came."""
+
+    def __init__(
+        self,
+        context: Context,
+        journal: Journal,
+        settler: Settler,
+        dispatcher: Dispatcher,
+        auctioneer: Auctioneer,
+        jobs: Jobs,
+    ) -> None:
+        self._context = context
+        self._journal = journal
+        self._settler = settler
+        self._dispatcher = dispatcher
+        self._auctioneer = auctioneer
+        self._jobs = jobs
+        self._draw: Callable[[], float] = secrets.SystemRandom().random
+
+    async def run(self) -> None:
+        """Runs for ever: judges each submission."""
+        while True:
+            submission = await self._dispatcher.submissions.get()
+            await self._judge(submission)
+
+    async def _judge(self, submission: Submission) -> None:
+        live, member = submission.live, submission.member
+        audit = self.audits(member, live.workload.verify.spot_check_rate)
+        envelope, fault = self._open_statement(submission)
+        if fault is None:
+            outcome = await self._context.computed(lambda: self._check(submission, audit))
+        else:
+            outcome = _Outcome(checks=(fault,), payload=None)
+        verdict = self._verdict(live, submission, outcome, audit)
+        member.audited += audit
+        rows = self._statements(live, envelope if outcome.passed else None, verdict)
+        await self._record(live, verdict, rows)
+        member.undelivered[LeaseId(live.lease.lease_id)] = sign(
+            verdict, self._context.domain, self._context.account
+        )
+        if verdict.accepted:
+            await self._accept(live, member, submission, outcome, rows[0].payload_sha256)
+        else:
+            await self._reject(live, member, verdict)
+
+    def audits(self, member: Member, spot_check_rate: float) -> bool:
+        """Whether this result is recomputed, drawn only now that it is committed.
+
+        The rate is ``max(spot-check rate, 1 ÷ consecutive valid results)``, and 1 for a
+        newcomer's first results.
+        """
+        if member.audited < NEWCOMER_AUDITS:
+            return True
+        return self._draw() < max(spot_check_rate, 1 / max(1, member.consecutive_valid))
+
+    def _open_statement(self, submission: Submission) -> tuple[Envelope | None, Check | None]:
+        live, message = submission.live, submission.message
+        try:
+            envelope = Envelope.from_text(message.statement)
+            key = public_key_of(PeerId(live.lease.node))
+            payload = verify_envelope(envelope, key)
+            require_same_work(payload, live.lease, live.task, message.result)
+        except PeerFault as error:
+            return None, Check(name=CheckName.FORM, passed=False, detail=error.message[:500])
+        return envelope, None
+
+    def _check(self, submission: Submission, audit: bool) -> _Outcome:
+        live, result = submission.live, submission.message.result
+        learner = self._jobs.learner(live.lease.job_id)
+        data = self._context.blobs.read(result.payload.sha256)
+        adapter = self._context.blobs.read(live.task.policy.adapter.sha256)
+        learner.auditor.load_adapter(adapter)
+        tolerance = learner.spec.verify.logprob_tolerance
+        match live.task:
+            case RolloutTask() as task:
+                rollout = verification.verify_rollout(
+                    learner.auditor,
+                    task,
+                    result,
+                    data,
+                    learner.environments,
+                    audit=audit,
+                    tolerance=tolerance,
+                )
+                return _Outcome(
+                    checks=rollout.checks, payload=rollout if rollout.accepted else None
+                )
+            case EvaluateTask() as task:
+                evaluated = verification.verify_evaluate(
+                    learner.auditor,
+                    task,
+                    result,
+                    data,
+                    learner.environments,
+                    audit=audit,
+                    tolerance=tolerance,
+                )
+                return _Outcome(
+                    checks=evaluated.checks, payload=evaluated if evaluated.accepted else None
+                )
+            case GradientTask() as task:
+                gradient = verification.verify_gradient(
+                    learner.auditor,
+                    task,
+                    result,
+                    data,
+                    self._context.blobs.read(task.slice.sha256),
+                    audit=audit,
+                )
+                return _Outcome(
+                    checks=gradient.checks,
+                    payload=gradient.payload if gradient.accepted else None,
+                )
+
+    def _verdict(
+        self, live: LiveLease, submission: Submission, outcome: _Outcome, audit: bool
+    ) -> Verdict:
+        lease = live.lease
+        accepted = outcome.passed
+        return Verdict(
+            lease_id=lease.lease_id,
+            lease_epoch=lease.lease_epoch,
+            job_id=lease.job_id,
+            result_sha256=submission.message.result.digest(),
+            accepted=accepted,
+            num_units=lease.num_units if accepted else 0,
+            pay_micros=lease.num_units * lease.unit_price_micros if accepted else 0,
+            audited=audit,
+            checks=outcome.checks,
+        )
+
+    def _statements(
+        self, live: LiveLease, envelope: Envelope | None, verdict: Verdict
+    ) -> list[StatementRow]:
+        lease = live.lease
+        rows = []
+        if envelope is not None:
+            rows.append(
+                self._journal.statement_row(
+                    lease.job_id, WORK_KINDS[lease.kind], envelope, lease.account
+                )
+            )
+        work_sha256 = rows[0].payload_sha256 if rows else None
+        statement = verification_statement(verdict, lease, work_sha256=work_sha256)
+        rows.append(self._journal.state(lease.job_id, StatementKind.VERIFICATION, statement))
+        return rows
+
+    async def _record(self, live: LiveLease, verdict: Verdict, rows: list[StatementRow]) -> None:
+        lease = live.lease
+        values: dict[str, object] = {
+            "verdict": verdict.encode().decode(),
+            "audited": verdict.audited,
+            "state": "accepted" if verdict.accepted else "rejected",
+            "reason": "" if verdict.accepted else verdict.reason(),
+            "ended_ms": self._context.time.now_ms(),
+            "pay_micros": verdict.pay_micros,
+        }
+        if verdict.accepted:
+            # Same synchronous step as the statements' epoch: pay and record stay together.
+            values["settlement_epoch"] = self._journal.open_epoch(lease.job_id)
+            self._settler.ledger(lease.job_id).accept(
+                PayEntry(
+                    task_id=lease.task_id,
+                    lease_id=lease.lease_id,
+                    account=lease.account,
+                    pay_micros=verdict.pay_micros,
+                )
+            )
+
+        def write(session: Session) -> None:
+            session.execute(
+                update(LeaseRow).where(LeaseRow.lease_id == lease.lease_id).values(**values)
+            )
+            session.add_all(rows)
+
+        await self._context.database.run(write)
+
+    async def _accept(
+        self,
+        live: LiveLease,
+        member: Member,
+        submission: Submission,
+        outcome: _Outcome,
+        statement_sha256: str,
+    ) -> None:
+        member.consecutive_valid += 1
+        result = submission.message.result
+        samples = member.recent_unit_ms.setdefault(
+            live.lease.kind.value, deque(maxlen=_SPEED_SAMPLES)
+        )
+        samples.append(result.compute_ms // live.lease.num_units + 1)
+        record = judge(
+            live.record, accepted=True, reason="accepted", now_ms=self._context.time.now_ms()
+        )
+        self._dispatcher.conclude(live, record)
+        await live.workload.accept(
+            Delivery(
+                units=live.units,
+                task=live.task,
+                lease=live.signed,
+                result=result,
+                payload=outcome.payload,
+                statement_sha256=statement_sha256,
+            )
+        )
+
+    async def _reject(self, live: LiveLease, member: Member, verdict: Verdict) -> None:
+        member.consecutive_valid = 0
+        member.audited = 0
+        self._auctioneer.suspend(live.lease.node)
+        await self._journal.event(
+            live.lease.job_id,
+            "result_rejected",
+            {
+                "lease_id": live.lease.lease_id,
+                "account": live.lease.account,
+                "node": live.lease.node,
+                "reason": verdict.reason(),
+            },
+        )
+        record = judge(
+            live.record,
+            accepted=False,
+            reason=verdict.reason(),
+            now_ms=self._context.time.now_ms(),
+        )
+        await self._dispatcher.end(live, record, failed=True)

@@ -1,0 +1,29 @@
+"""Rewards become advantages inside each group of completions of one prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.protocol.job import AdvantageScale
+
+STD_EPSILON = 1e-4
+
+
+def group_advantages(
+    rewards_b: NDArray[np.float32], group_size: int, scale: AdvantageScale
+) -> NDArray[np.float32]:
+    """Each reward less its group's mean, over the group's spread if ``scale`` says so.
+
+    ``rewards_b`` holds whole groups, one after the other.  A group whose rewards are all
+    equal has nothing to teach: its advantages are exactly 0.
+
+    Source: GRPO, arXiv 2402.03300, eq. 10; standard deviation with Bessel's correction and
+    ``1e-4`` added, as TRL 1.16 computes it; ``NONE`` is Dr. GRPO, arXiv 2503.20783, eq. 3.
+    """
+    groups_pg = rewards_b.astype(np.float64).reshape(-1, group_size)
+    centred_pg = groups_pg - groups_pg.mean(axis=1, keepdims=True)
+    if scale is AdvantageScale.GROUP_STD:
+        centred_pg = centred_pg / (groups_pg.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON)
+    flat_p1 = np.ptp(groups_pg, axis=1, keepdims=True) == 0
+    return np.where(flat_p1, 0.0, centred_pg).reshape(-1).astype(np.float32)

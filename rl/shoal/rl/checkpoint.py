@@ -1,0 +1,131 @@
+"""Checkpoints: all that is needed to continue a job exactly where it stood."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from shoal.models.policy import ADAPTER_FILE
+from shoal.protocol.canonical import sha256_hex
+from shoal.protocol.errors import InvalidRequest, NotFound
+from shoal.protocol.ids import Hex32, Sha256
+from shoal.protocol.record import Record
+
+MANIFEST_FILE = "checkpoint.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+_FOLDER = re.compile(r"^step-(\d{7})$")
+
+
+class CheckpointManifest(Record):
+    """What a checkpoint folder holds.
+
+    Writer: the orchestrator.  Reader: the orchestrator, when it resumes.
+    """
+
+    job_id: Hex32
+    step: int = Field(ge=0)
+    adapter_sha256: Sha256
+    optimizer_sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint in memory: policy version ``step`` and the optimiser that made it."""
+
+    manifest: CheckpointManifest
+    adapter: bytes
+    optimizer: bytes
+
+
+def save_checkpoint(
+    directory: Path, job_id: str, step: int, *, adapter: bytes, optimizer: bytes, keep_last: int
+) -> Path:
+    """The folder of the new checkpoint, complete on disk; all but ``keep_last`` are removed.
+
+    A crash at any moment leaves either the whole checkpoint or none of it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = CheckpointManifest(
+        job_id=job_id,
+        step=step,
+        adapter_sha256=sha256_hex(adapter),
+        optimizer_sha256=sha256_hex(optimizer),
+    )
+    draft = directory / f".draft-{step:07d}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    _write_durably(draft / ADAPTER_FILE, adapter)
+    _write_durably(draft / OPTIMIZER_FILE, optimizer)
+    _write_durably(draft / MANIFEST_FILE, manifest.encode())
+    folder = directory / f"step-{step:07d}"
+    # Only a resumed job saves a step twice, and then the newer is the true one.
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    _sync_directory(directory)
+    for old in _folders(directory)[:-keep_last]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, its digests checked.
+
+    Raises:
+        NotFound: there is no checkpoint there.
+        InvalidRequest: a file differs from what the manifest says.
+    """
+    try:
+        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+        adapter = (folder / ADAPTER_FILE).read_bytes()
+        optimizer = (folder / OPTIMIZER_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise NotFound(
+            f"{folder} holds no whole checkpoint: {error.filename} is missing."
+        ) from None
+    except ValidationError:
+        raise InvalidRequest(
+            f"{folder / MANIFEST_FILE} is not a checkpoint manifest; resume from another.",
+            code="bad_checkpoint",
+        ) from None
+    for name, data, due in (
+        (ADAPTER_FILE, adapter, manifest.adapter_sha256),
+        (OPTIMIZER_FILE, optimizer, manifest.optimizer_sha256),
+    ):
+        if sha256_hex(data) != due:
+            raise InvalidRequest(
+                f"{folder / name} is not what the manifest says; resume from another checkpoint.",
+                code="bad_checkpoint",
+            )
+    return Checkpoint(manifest=manifest, adapter=adapter, optimizer=optimizer)
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint folder in ``directory``, if there is one."""
+    folders = _folders(directory)
+    return folders[-1] if folders else None
+
+
+def _folders(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if _FOLDER.match(path.name))
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+"""The plan of a job: which tasks each batch and each evaluation consists of.
+
+Everything but the task ids follows from the job, so the plan can be re-derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoal.protocol.blob import BlobRef
+from shoal.protocol.ids import new_id
+from shoal.protocol.job import JobSpec
+from shoal.protocol.policy import BaseModelRef, PolicyVersion
+from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
+from shoal.rl.prompts import draw_prompts, eval_prompts, task_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What stays the same for all tasks of a job.
+
+    ``train_sizes`` and ``eval_sizes`` are the number of prompts of each environment.
+    """
+
+    job_id: str
+    spec: JobSpec
+    base: BaseModelRef
+    train_sizes: Sequence[int]
+    eval_sizes: Sequence[int]
+
+    def rollout(self, batch: int, version: PolicyVersion, slots: Sequence[int]) -> RolloutTask:
+        """The task that samples these slots of ``batch`` under ``version``."""
+        spec = self.spec
+        prompts = draw_prompts(
+            self.job_id, batch, spec.groups_per_batch, spec.environments, self.train_sizes
+        )
+        return RolloutTask(
+            task_id=new_id("task"),
+            job_id=self.job_id,
+            batch=batch,
+            base=self.base,
+            policy=version,
+            lora=spec.lora,
+            environments=spec.environments,
+            prompts=tuple(prompts[slot] for slot in slots),
+            group_size=spec.rollouts_per_example,
+            sampling=spec.sampling,
+            seed=task_seed(self.job_id, batch, slots[0]),
+        )
+
+    def gradient(
+        self,
+        batch: int,
+        version: PolicyVersion,
+        slice_blob: BlobRef,
+        *,
+        num_rows: int,
+        num_groups: int,
+    ) -> GradientTask:
+        """The task that differentiates one slice of ``batch`` at ``version``."""
+        return GradientTask(
+            task_id=new_id("task"),
+            job_id=self.job_id,
+            batch=batch,
+            base=self.base,
+            policy=version,
+            lora=self.spec.lora,
+            loss=self.spec.loss,
+            loss_sha256=self.spec.loss.digest(),
+            temperature=self.spec.sampling.temperature,
+            slice=slice_blob,
+            num_rows=num_rows,
+            num_groups=num_groups,
+        )
+
+    def held_out(self) -> tuple[PromptRef, ...]:
+        """The job's held-out prompts: the same for every version."""
+        return eval_prompts(
+            self.job_id,
+            self.spec.environments,
+            self.eval_sizes,
+            self.spec.evaluation.num_examples,
+        )
+
+    def evaluation(self, version: PolicyVersion, prompts: Sequence[PromptRef]) -> EvaluateTask:
+        """The task that evaluates ``version`` on these held-out prompts."""
+        return EvaluateTask(
+            task_id=new_id("task"),
+            job_id=self.job_id,
+            base=self.base,
+            policy=version,
+            lora=self.spec.lora,
+            environments=self.spec.environments,
+            prompts=tuple(prompts),
+            max_tokens=self.spec.sampling.max_tokens,
+        )
+
+
+def sampling_version(batch: int, max_staleness: int) -> int:
+    """The oldest policy version that may sample ``batch``, and the first that exists in time.
+
+    Batch ``b`` is applied to version ``b``; sampled under ``b − max_staleness`` it never
+    waits for an update that has not been made.
+    """
+    return max(0, batch - max_staleness)

@@ -1,0 +1,137 @@
+"""Which prompts a batch and an evaluation hold, and the seed of each task's draws.
+
+Everything is derived by hashing public values, so a provider can neither choose easy
+prompts nor be given hard ones, and anyone can re-derive what had to be asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+
+from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.job import EnvSpec
+from shoal.protocol.task import PromptRef
+
+_WORD = 1 << 64
+
+
+def draw_prompts(
+    job_id: str,
+    batch: int,
+    num_groups: int,
+    environments: Sequence[EnvSpec],
+    sizes: Sequence[int],
+) -> tuple[PromptRef, ...]:
+    """The prompts of training batch ``batch``, one for each group.
+
+    Args:
+        job_id: The job's 32 bytes, as ``0x`` and 64 hex digits.
+        batch: Which batch of the job, from 0.
+        num_groups: How many prompts to draw.
+        environments: The job's environments, whose weights share out the prompts.
+        sizes: The number of training prompts of each environment.
+    """
+    return tuple(
+        _draw_prompt(job_id, batch, slot, environments, sizes) for slot in range(num_groups)
+    )
+
+
+def eval_prompts(
+    job_id: str,
+    environments: Sequence[EnvSpec],
+    sizes: Sequence[int],
+    num_examples: int,
+) -> tuple[PromptRef, ...]:
+    """The job's held-out prompts: the same at every evaluation, none twice.
+
+    The examples are shared out over the environments by weight; an environment with fewer
+    held-out prompts than its share gives all it has and the others make up for it.
+
+    Args:
+        job_id: The job's 32 bytes, as ``0x`` and 64 hex digits.
+        environments: The job's environments.
+        sizes: The number of held-out prompts of each environment.
+        num_examples: How many prompts are wanted.
+
+    Raises:
+        InvalidRequest: the environments have fewer held-out prompts than that.
+    """
+    if num_examples > sum(sizes):
+        raise InvalidRequest(
+            f"The evaluation wants {num_examples} held-out prompts and the environments have "
+            f"{sum(sizes)}; lower eval.num_examples.",
+            code="too_few_prompts",
+        )
+    counts = _share_out(num_examples, [Fraction(env.weight) for env in environments], sizes)
+    return tuple(
+        PromptRef(environment=number, index=index)
+        for number, (count, size) in enumerate(zip(counts, sizes, strict=True))
+        for index in _choose(job_id, number, count, size)
+    )
+
+
+def task_seed(job_id: str, batch: int, slot: int) -> int:
+    """The seed of every random draw of the task in ``slot`` of ``batch``; below 2⁵³."""
+    return _hash("seed", job_id, batch, slot)[0] >> 11
+
+
+def _draw_prompt(
+    job_id: str, batch: int, slot: int, environments: Sequence[EnvSpec], sizes: Sequence[int]
+) -> PromptRef:
+    """One prompt; weights are compared as exact fractions, so every machine agrees."""
+    which, low, high, _ = _hash("prompt", job_id, batch, slot)
+    weights = [Fraction(env.weight) for env in environments]
+    point = Fraction(which, _WORD) * sum(weights)
+    number = 0
+    while point >= weights[number]:
+        point -= weights[number]
+        number += 1
+    # 128 bits against at most 2^53 indices: the bias of the remainder is below 2^-74.
+    return PromptRef(environment=number, index=(high * _WORD + low) % sizes[number])
+
+
+def _share_out(total: int, weights: Sequence[Fraction], sizes: Sequence[int]) -> list[int]:
+    """Shares of ``total`` by weight (largest remainder), none above its size."""
+    counts = [0] * len(sizes)
+    while (left := total - sum(counts)) > 0:
+        open_ = [i for i, size in enumerate(sizes) if counts[i] < size]
+        weight = sum(weights[i] for i in open_)
+        exact = {i: left * weights[i] / weight for i in open_}
+        extra = {i: int(share) for i, share in exact.items()}
+        by_remainder = sorted(open_, key=lambda i: (extra[i] - exact[i], i))
+        for i in by_remainder[: left - sum(extra.values())]:
+            extra[i] += 1
+        for i in open_:
+            counts[i] = min(sizes[i], counts[i] + extra[i])
+    return counts
+
+
+def _choose(job_id: str, environment: int, count: int, size: int) -> list[int]:
+    """``count`` different indices below ``size``.
+
+    Source: Fisher–Yates shuffle, cut off after ``count`` steps and holding only the places
+    that moved, so that a large split costs no memory.
+    """
+    moved: dict[int, int] = {}
+    chosen: list[int] = []
+    for step in range(count):
+        low, high, _, _ = _hash("eval", job_id, environment, step)
+        place = step + (high * _WORD + low) % (size - step)
+        chosen.append(moved.get(place, place))
+        moved[place] = moved.get(step, step)
+    return chosen
+
+
+def _hash(purpose: str, job_id: str, first: int, second: int) -> tuple[int, int, int, int]:
+    """Four 64-bit words of SHA-256 over a domain name, the job and two numbers."""
+    data = (
+        f"shoal/{purpose}/1\0".encode()
+        + bytes.fromhex(job_id.removeprefix("0x"))
+        + first.to_bytes(8, "big")
+        + second.to_bytes(8, "big")
+    )
+    digest = hashlib.sha256(data).digest()
+    words = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8)]
+    return words[0], words[1], words[2], words[3]

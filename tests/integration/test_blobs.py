@@ -1,0 +1,396 @@
+"""Blobs over real HTTP: honest transfers, lying holders, uploads nobody asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from shoal.network.blob_client import BlobClient
+from shoal.network.blob_server import BlobServer
+from shoal.network.blob_store import BlobStore
+from shoal.protocol.blob import CHUNK_BYTES, BlobRef
+from shoal.protocol.errors import (
+    Expired,
+    InvalidRequest,
+    PeerFault,
+    Unauthorised,
+    Unavailable,
+)
+
+ROOM = 256 << 20
+BIG = os.urandom(1 << 20) * 9 + b"tail"
+Respond = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def allow(token: str, _digest: str, _size_bytes: int) -> None:
+    if token != "good":
+        raise Unauthorised("This token is not for this upload.")
+
+
+@asynccontextmanager
+async def holder(
+    directory: Path, *, upload_pause_s: float = 5, max_upload_bytes: int = 64 << 20
+) -> AsyncIterator[tuple[BlobStore, str]]:
+    """A store served on loopback, and its address."""
+    store = BlobStore(directory, ROOM)
+    server = BlobServer(
+        store,
+        "127.0.0.1",
+        0,
+        authorise=allow,
+        upload_pause_s=upload_pause_s,
+        max_upload_bytes=max_upload_bytes,
+    )
+    await server.start()
+    try:
+        yield store, server.url
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def liar(respond: Respond) -> AsyncIterator[tuple[list[str], str]]:
+    """A raw HTTP holder that answers whatever `respond` writes; the requests it saw."""
+    seen: list[str] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            request = (await reader.readuntil(b"\r\n\r\n")).decode()
+            seen.append(request)
+            await respond(request, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield seen, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def run(main: Coroutine[object, object, None]) -> None:
+    asyncio.run(main)
+
+
+def test_small_blob_comes_in_one_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        data = b"adapter" * 1000
+        ref = BlobRef(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+        async def respond(_request: str, writer: asyncio.StreamWriter) -> None:
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\n\r\n"
+            writer.write(head.encode() + data)
+            await writer.drain()
+
+        async with liar(respond) as (seen, url), BlobClient(BlobStore(tmp_path, ROOM)) as client:
+            assert (await client.fetch(ref, [url], timeout_s=5)).read_bytes() == data
+            assert await client.fetch_bytes(ref, [url], timeout_s=5) == data
+        assert len(seen) == 1
+
+    run(main())
+
+
+def test_large_blob_comes_in_verified_ranges_from_several_holders(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (a, url_a), holder(tmp_path / "b") as (b, url_b):
+            ref = a.put_bytes(BIG)
+            assert b.put_bytes(BIG) == ref
+            store = BlobStore(tmp_path / "c", ROOM)
+            async with BlobClient(store) as client:
+                paths = await asyncio.gather(
+                    *(client.fetch(ref, [url_a, url_b], timeout_s=20) for _ in range(3))
+                )
+            assert {path.read_bytes() == BIG for path in paths} == {True}
+            assert list((tmp_path / "c" / "drafts").iterdir()) == []
+
+    run(main())
+
+
+def test_empty_blob_is_a_blob(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (store, url):
+            ref = store.put_bytes(b"")
+            async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
+                assert await client.fetch_bytes(ref, [url], timeout_s=5) == b""
+
+    run(main())
+
+
+def test_holder_with_wrong_bytes_is_dropped_and_another_serves(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (good, good_url):
+            ref = good.put_bytes(BIG)
+            chunks_seen = 0
+
+            async def respond(request: str, writer: asyncio.StreamWriter) -> None:
+                nonlocal chunks_seen
+                if ref.chunks_sha256 is not None and ref.chunks_sha256 in request:
+                    body = good.read(ref.chunks_sha256)
+                    status = "200 OK"
+                else:
+                    chunks_seen += 1
+                    body, status = bytes(CHUNK_BYTES), "206 Partial Content"
+                head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n"
+                writer.write(head.encode() + body)
+                await writer.drain()
+
+            async with liar(respond) as (_, bad_url):
+                async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
+                    path = await client.fetch(ref, [bad_url, good_url], timeout_s=20)
+                assert path.read_bytes() == BIG
+                assert chunks_seen <= 2
+                # Negative control: with nobody honest, the same lie ends the fetch.
+                async with BlobClient(BlobStore(tmp_path / "c", ROOM)) as client:
+                    with pytest.raises(Unavailable, match="wrong digest"):
+                        await client.fetch(ref, [bad_url], timeout_s=20)
+
+    run(main())
+
+
+@pytest.mark.parametrize("announced", [5, 4, 1 << 40])
+def test_wrong_truncated_or_mislabelled_body_is_refused(tmp_path: Path, announced: int) -> None:
+    async def main() -> None:
+        async def respond(_request: str, writer: asyncio.StreamWriter) -> None:
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {announced}\r\n\r\nwron".encode())
+            await writer.drain()
+
+        ref = BlobRef(sha256=hashlib.sha256(b"right").hexdigest(), size_bytes=5)
+        store = BlobStore(tmp_path, ROOM)
+        async with liar(respond) as (_, url), BlobClient(store) as client:
+            with pytest.raises(Unavailable, match="No source gave blob"):
+                await client.fetch(ref, [url], timeout_s=5)
+        assert not store.has(ref.sha256)
+        assert list((tmp_path / "drafts").iterdir()) == []
+
+    run(main())
+
+
+def test_endless_body_is_cut_at_the_size_asked_for(tmp_path: Path) -> None:
+    sent = 0
+
+    async def main() -> None:
+        async def respond(_request: str, writer: asyncio.StreamWriter) -> None:
+            nonlocal sent
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while True:
+                writer.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+                sent += 0x10000
+                await writer.drain()
+
+        ref = BlobRef(sha256=hashlib.sha256(b"right").hexdigest(), size_bytes=100_000)
+        store = BlobStore(tmp_path, ROOM)
+        async with liar(respond) as (_, url), BlobClient(store) as client:
+            with pytest.raises(Unavailable):
+                await client.fetch(ref, [url], timeout_s=5)
+        assert not store.has(ref.sha256)
+        assert sent < 32 << 20
+
+    run(main())
+
+
+def test_silent_holder_runs_out_the_transfer_clock(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def respond(_request: str, _writer: asyncio.StreamWriter) -> None:
+            await asyncio.Event().wait()
+
+        ref = BlobRef(sha256="a" * 64, size_bytes=5)
+        async with liar(respond) as (_, url), BlobClient(BlobStore(tmp_path, ROOM)) as client:
+            with pytest.raises(Expired) as caught:
+                await client.fetch(ref, [url], timeout_s=0.2)
+        assert caught.value.code == "expired_transfer"
+
+    run(main())
+
+
+def test_interrupted_fetch_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (good, _):
+            ref = good.put_bytes(BIG)
+            assert ref.chunks_sha256 is not None
+            chunk_list = good.read(ref.chunks_sha256)
+            served: list[str] = []
+
+            async def first_only(request: str, writer: asyncio.StreamWriter) -> None:
+                if ref.chunks_sha256 is not None and ref.chunks_sha256 in request:
+                    body, status = chunk_list, "200 OK"
+                elif f"bytes=0-{CHUNK_BYTES - 1}" in request:
+                    body, status = BIG[:CHUNK_BYTES], "206 Partial Content"
+                else:
+                    body, status = b"", "503 Service Unavailable"
+                served.append(request)
+                head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n"
+                writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+                await writer.drain()
+
+            store = BlobStore(tmp_path / "b", ROOM)
+            async with liar(first_only) as (_, url), BlobClient(store) as client:
+                with pytest.raises(Unavailable, match="503"):
+                    await client.fetch(ref, [url], timeout_s=20)
+            assert any("bytes=0-" in request for request in served)
+
+            # The store is opened anew, as after a crash; only what is missing is asked for.
+            asked: list[str] = []
+
+            async def record(request: str, writer: asyncio.StreamWriter) -> None:
+                asked.append(request)
+                start = int(request.split("bytes=")[1].split("-")[0])
+                body = BIG[start : start + CHUNK_BYTES]
+                head = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {len(body)}\r\n"
+                writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+                await writer.drain()
+
+            again = BlobStore(tmp_path / "b", ROOM)
+            async with liar(record) as (_, url), BlobClient(again) as client:
+                assert (await client.fetch(ref, [url], timeout_s=20)).read_bytes() == BIG
+            assert len(asked) == 2
+            assert not any("bytes=0-" in request for request in asked)
+
+    run(main())
+
+
+def test_server_answers_ranges_and_head(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path) as (store, url), aiohttp.ClientSession() as http:
+            ref = store.put_bytes(b"0123456789")
+            address = f"{url}/blobs/{ref.sha256}"
+            async with http.get(address, headers={"Range": "bytes=2-4"}) as answer:
+                assert (answer.status, await answer.read()) == (206, b"234")
+            async with http.head(address) as answer:
+                assert (answer.status, answer.headers["Content-Length"]) == (200, "10")
+            async with http.get(address, headers={"Range": "bytes=99-"}) as answer:
+                assert answer.status == 416
+            async with http.get(f"{url}/blobs/{'a' * 64}") as answer:
+                assert (answer.status, (await answer.json())["error"]) == (404, "NotFound")
+            async with http.get(f"{url}/blobs/..%2f..%2fetc%2fpasswd") as answer:
+                assert answer.status in {400, 404}
+
+    run(main())
+
+
+@pytest.mark.parametrize("data", [b"small", BIG], ids=["small", "big"])
+def test_upload_with_a_right_token_is_kept(tmp_path: Path, data: bytes) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (store, url):
+            async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
+                ref = await client.put(url, data, "good")
+                assert store.read(ref.sha256) == data
+                assert await client.put(url, data, "good") == ref
+                source = tmp_path / "file"
+                source.write_bytes(data)
+                assert await client.put(url, source, "good") == ref
+            assert ref.chunks_sha256 is None or store.has(ref.chunks_sha256)
+
+    run(main())
+
+
+@pytest.mark.parametrize("token", ["bad", "x" * 5000])
+def test_upload_without_a_right_token_is_refused(tmp_path: Path, token: str) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (store, url):
+            async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
+                with pytest.raises(Unauthorised):
+                    await client.put(url, b"data", token)
+            address = f"{url}/blobs/{hashlib.sha256(b'data').hexdigest()}"
+            async with (
+                aiohttp.ClientSession() as http,
+                http.put(address, data=b"data") as answer,
+            ):
+                assert (answer.status, (await answer.json())["error"]) == (403, "Unauthorised")
+            assert list(store.digests()) == []
+
+    run(main())
+
+
+def test_upload_with_a_wrong_digest_keeps_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        headers = {"Authorization": "Bearer good"}
+        async with holder(tmp_path) as (store, url), aiohttp.ClientSession() as http:
+            address = f"{url}/blobs/{hashlib.sha256(b'right').hexdigest()}"
+            async with http.put(address, data=b"wrong", headers=headers) as answer:
+                body = await answer.json()
+            assert (answer.status, body["code"]) == (422, "wrong_digest")
+            assert list(store.digests()) == []
+            async with http.put(address, data=b"right", headers=headers) as answer:
+                assert answer.status == 201
+        assert list((tmp_path / "drafts").iterdir()) == []
+
+    run(main())
+
+
+def test_upload_over_the_cap_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a", max_upload_bytes=100) as (store, url):
+            async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
+                with pytest.raises(InvalidRequest, match="over the limit of 100"):
+                    await client.put(url, bytes(101), "good")
+                await client.put(url, bytes(100), "good")
+
+            async def endless() -> AsyncIterator[bytes]:
+                yield bytes(10)
+
+            async with aiohttp.ClientSession() as http:
+                address = f"{url}/blobs/{'a' * 64}"
+                headers = {"Authorization": "Bearer good"}
+                async with http.put(address, data=endless(), headers=headers) as answer:
+                    assert (await answer.json())["code"] == "length_required"
+            assert len(list(store.digests())) == 1
+
+    run(main())
+
+
+def test_slow_upload_is_given_up(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path, upload_pause_s=0.2) as (store, url):
+            host, port = url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(
+                f"PUT /blobs/{'a' * 64} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer good\r\n"
+                "Content-Length: 100\r\n\r\nsome".encode()
+            )
+            head = await asyncio.wait_for(reader.readline(), 5)
+            assert b" 408 " in head
+            writer.close()
+            await writer.wait_closed()
+            assert list(store.digests()) == []
+
+    run(main())
+
+
+def test_used_port_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (store, url):
+            port = int(url.rsplit(":", 1)[1])
+            with pytest.raises(InvalidRequest, match="already in use"):
+                await BlobServer(store, "127.0.0.1", port).start()
+
+    run(main())
+
+
+def test_chunk_list_of_another_blob_is_found_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with holder(tmp_path / "a") as (store, url):
+            other = store.put_bytes(BIG[::-1])
+            right = store.put_bytes(BIG)
+            forged = right.model_copy(update={"chunks_sha256": other.chunks_sha256})
+            async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
+                with pytest.raises((Unavailable, PeerFault)):
+                    await client.fetch(forged, [url], timeout_s=20)
+                assert (await client.fetch(right, [url], timeout_s=20)).read_bytes() == BIG
+
+    run(main())

@@ -1,0 +1,110 @@
+"""The blob store: names are digests, room is bounded, nothing half-written is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from shoal.network.blob_store import BlobStore
+from shoal.protocol.blob import CHUNK_BYTES
+from shoal.protocol.errors import InvalidRequest, NotFound, PeerFault, Unavailable
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "blobs", 1000)
+
+
+def test_bytes_come_back_by_their_digest(store: BlobStore) -> None:
+    ref = store.put_bytes(b"hello")
+    assert ref.sha256 == hashlib.sha256(b"hello").hexdigest()
+    assert (ref.size_bytes, ref.chunks_sha256) == (5, None)
+    assert store.read(ref.sha256) == b"hello"
+    with store.open(ref.sha256) as file:
+        assert file.read() == b"hello"
+
+
+def test_chunk_list_names_each_chunk(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "blobs", 64 << 20)
+    data = b"a" * CHUNK_BYTES + b"b" * CHUNK_BYTES + b"c"
+    source = tmp_path / "source"
+    source.write_bytes(data)
+    ref = store.put_file(source)
+    assert ref == store.put_bytes(data)
+    assert ref.chunks_sha256 is not None
+    parts = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+    expected = b"".join(hashlib.sha256(part).digest() for part in parts)
+    assert store.read(ref.chunks_sha256) == expected
+
+
+@pytest.mark.parametrize("size", [CHUNK_BYTES, CHUNK_BYTES + 1])
+def test_chunk_list_begins_past_one_chunk(tmp_path: Path, size: int) -> None:
+    ref = BlobStore(tmp_path, 64 << 20).put_bytes(bytes(size))
+    assert (ref.chunks_sha256 is None) == (size == CHUNK_BYTES)
+
+
+def test_least_recently_used_is_dropped_first(store: BlobStore) -> None:
+    first, second = store.put_bytes(b"1" * 400), store.put_bytes(b"2" * 400)
+    store.path(first.sha256)
+    third = store.put_bytes(b"3" * 400)
+    assert [store.has(ref.sha256) for ref in (first, second, third)] == [True, False, True]
+    assert store.total_bytes == 800
+
+
+def test_pinned_blob_stays_and_a_full_store_says_so(store: BlobStore) -> None:
+    pinned = store.put_bytes(b"1" * 700, pin=True)
+    with pytest.raises(Unavailable, match="full"):
+        store.put_bytes(b"2" * 400)
+    assert store.has(pinned.sha256)
+    store.unpin(pinned.sha256)
+    store.put_bytes(b"2" * 400)
+    assert not store.has(pinned.sha256)
+
+
+def test_blob_larger_than_the_store_is_refused(store: BlobStore) -> None:
+    small = store.put_bytes(b"1")
+    with pytest.raises(InvalidRequest, match="does not fit"):
+        store.put_bytes(b"2" * 1001)
+    assert store.has(small.sha256)
+
+
+def test_wrong_digest_keeps_nothing(store: BlobStore, tmp_path: Path) -> None:
+    with store.draft() as draft:
+        draft.write(b"evil")
+        with pytest.raises(PeerFault) as caught:
+            draft.keep(expected=hashlib.sha256(b"good").hexdigest())
+    assert caught.value.code == "wrong_digest"
+    assert list(store.digests()) == []
+    assert list((tmp_path / "blobs" / "drafts").iterdir()) == []
+
+
+def test_store_is_found_again_and_old_drafts_are_cleared(tmp_path: Path) -> None:
+    ref = BlobStore(tmp_path, 1000).put_bytes(b"kept")
+    leftover = tmp_path / "drafts" / "abc"
+    leftover.write_bytes(b"half")
+    again = BlobStore(tmp_path, 1000)
+    assert again.read(ref.sha256) == b"kept"
+    assert again.total_bytes == 4
+    assert not leftover.exists()
+
+
+def test_damaged_blob_is_found_out(store: BlobStore) -> None:
+    ref = store.put_bytes(b"right")
+    store.path(ref.sha256).write_bytes(b"wrong")
+    with pytest.raises(NotFound, match="damaged"):
+        store.read(ref.sha256)
+    assert not store.has(ref.sha256)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "", "A" * 64, "g" * 64, "a" * 63])
+def test_name_that_is_no_digest_is_refused(store: BlobStore, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="not a SHA-256"):
+        store.path(name)
+
+
+def test_missing_blob_is_named(store: BlobStore) -> None:
+    with pytest.raises(NotFound, match="not in this store"):
+        store.path("a" * 64)
+    store.delete("a" * 64)

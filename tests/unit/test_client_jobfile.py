@@ -1,0 +1,151 @@
+"""Job files: what is right loads, what is wrong is named in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoal.client.jobfile import load_job_file, parse_job, render_job_file
+from shoal.protocol.errors import InvalidRequest, NotFound
+from shoal.protocol.job import LossKind
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GOOD = """\
+name = "n"
+model = "builtin:tiny-addition"
+max_steps = 3
+batch_size = 16
+rollouts_per_example = 8
+learning_rate = 1e-3
+[algorithm]
+type = "dapo"
+clip_low = 0.1
+[optimizer]
+warmup_steps = 2
+[[env]]
+id = "addition"
+args = { digits = 2 }
+[budget]
+max_total = "1.50"
+max_unit_price = "0.01"
+"""
+
+
+def test_file_becomes_spec_and_the_rest_is_default() -> None:
+    spec = parse_job(GOOD, "job.toml")
+    assert spec.loss.kind is LossKind.DAPO
+    assert spec.loss.clip_low == 0.1
+    assert spec.optimizer.learning_rate == 1e-3
+    assert spec.optimizer.warmup_steps == 2
+    assert spec.environments[0].args == {"digits": 2}
+    assert spec.budget.max_total_micros == 1_500_000
+    assert spec.budget.max_gradient_micros == 10_000
+    assert spec.evaluation.interval == 20
+    assert parse_job(render_job_file(spec), "again") == spec
+
+
+def test_prices_by_kind() -> None:
+    table = 'max_unit_price = { rollout = "3", gradient = "2", evaluate = "0.000001" }'
+    budget = parse_job(GOOD.replace('max_unit_price = "0.01"', table), "job.toml").budget
+    assert (budget.max_rollout_micros, budget.max_gradient_micros, budget.max_evaluate_micros) == (
+        3_000_000,
+        2_000_000,
+        1,
+    )
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_examples_load(path: Path) -> None:
+    assert load_job_file(path).groups_per_batch >= 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("max_steps", "max_step", "job.toml: there is no key 'max_step'; .*'max_steps'"),
+        ("clip_low", "clip_lo", r"no key 'clip_lo' in \[algorithm\]; .*'clip_low'"),
+        ("[optimizer]", "[optimiser]", "no key 'optimiser'; .*'optimizer'"),
+        ("id =", "idd =", r"no key 'idd' in \[env\[0\]\]; .*'id'"),
+        ("max_total", "maxtotal", r"no key 'maxtotal' in \[budget\]; .*'max_total'"),
+        ("max_steps = 3", 'max_steps = "3"', "max_steps is the text '3'; it should be a valid int"),
+        ("max_steps = 3", "max_steps = true", "max_steps is true; it should be a valid int"),
+        ("max_steps = 3", "max_steps = 0", "max_steps is the number 0; it should be greater"),
+        ("max_steps = 3", "", "the key 'max_steps' is missing"),
+        ("batch_size = 16", "batch_size = 12", "batch_size 12 is not a multiple"),
+        ("1e-3", "nan", "learning_rate is nan; give a finite number"),
+        ("1e-3", "2026-01-01", "learning_rate is the date or time 2026-01-01"),
+        ("1e-3", "[1]", "learning_rate is a list"),
+        ('"dapo"', '"ppo"', "algorithm.type is the text 'ppo'; it should be 'dapo'"),
+        ("clip_low = 0.1", "clip_low = 2", "algorithm.clip_low is the number 2"),
+        ("[algorithm]", "[[algorithm]]", r"algorithm is a list; write it as a table, \[algorithm"),
+        ("[[env]]", "[env]", r"\[env\] is a single table; write \[\[env\]\]"),
+        ('[[env]]\nid = "addition"\nargs = { digits = 2 }', "", "there is no environment"),
+        ('id = "addition"', "", r"env\[0\] has no id"),
+        ('id = "addition"', "id = 7", r"env\[0\]\.id is the number 7"),
+        ("{ digits = 2 }", "3", r"env\[0\]\.args is the number 3"),
+        ("{ digits = 2 }", "{ digits = [2] }", r"env\[0\]\.args\.digits is a list"),
+        ('"1.50"', '"0.00"', r"budget\.max_total is zero"),
+        ('"1.50"', "1.5", r"budget\.max_total is the number 1\.5; give dollars as text"),
+        ('"1.50"', '"cheap"', r"job\.toml: budget\.max_total is 'cheap'"),
+        ('"1.50"', '"99999999999"', "give at most"),
+        (
+            "{ digits = 2 }",
+            "{ digits = 9007199254740993 }",
+            r"env\[0\]\.args\.digits is the number",
+        ),
+        ('max_total = "1.50"', "", r"budget\.max_total is missing"),
+        ('"0.01"', '{ rollout = "1" }', "has no price for gradient"),
+        ('[budget]\nmax_total = "1.50"\nmax_unit_price = "0.01"', "", r"there is no \[budget\]"),
+        ("max_steps = 3", "max_steps = ", r"job\.toml is not valid TOML: .*line 3"),
+        ("name =", "schema = 2\nname =", "schema is the number 2; it should be less than"),
+    ],
+)
+def test_what_is_wrong_is_named(old: str, new: str, expected: str) -> None:
+    assert old in GOOD
+    with pytest.raises(InvalidRequest, match=expected) as caught:
+        parse_job(GOOD.replace(old, new, 1), "job.toml")
+    assert caught.value.exit_code == 3
+    assert "\n" not in caught.value.message
+
+
+def test_overrides_reach_every_part() -> None:
+    spec = parse_job(
+        GOOD,
+        "job.toml",
+        ["seed=9", "name=other", "lora.r=4", "env.0.weight=2", "budget.max_total=3.00"],
+    )
+    assert (spec.seed, spec.name, spec.lora.r) == (9, "other", 4)
+    assert spec.environments[0].weight == 2.0
+    assert spec.budget.max_total_micros == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "is not of the form key=value"),
+        (".=1", "is not of the form key=value"),
+        ("seeed=1", "nearest valid name is 'seed'"),
+        ("name.x=1", "goes into name, which is not a table"),
+        ("env.3.weight=1", "item '3' of a list of 1"),
+        ("lora.r=big", "lora.r is the text 'big'"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, expected: str) -> None:
+    with pytest.raises(InvalidRequest, match=expected):
+        parse_job(GOOD, "job.toml", [override])
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="There is no job file at"):
+        load_job_file(tmp_path / "absent.toml")
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        load_job_file(tmp_path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"name = \xff")
+    with pytest.raises(InvalidRequest, match="not UTF-8 text at byte 7"):
+        load_job_file(binary)
+    huge = tmp_path / "huge.toml"
+    huge.write_bytes(b"#" * (1 << 21))
+    with pytest.raises(InvalidRequest, match="larger than"):
+        load_job_file(huge)

@@ -1,0 +1,122 @@
+"""How a job and a demo's summary look."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from shoal.client.follow import plain_line
+from shoal.client.picture import dollars, duration, picture_of, sparkline
+from shoal.client.views import JobView, parse_view
+from shoal.protocol.errors import PeerFault
+
+
+def job(**changes: object) -> dict[str, Any]:
+    return {
+        "job_id": "0x" + "12" * 32,
+        "name": "addition",
+        "requester": "0x" + "ab" * 20,
+        "state": "running",
+        "policy_version": 75,
+        "max_steps": 150,
+        "created_ms": 1,
+        "budget_micros": 25_000_000,
+        "spent_micros": 5_250_000,
+        "reward_recent": 0.5,
+        "eta_s": 67.0,
+        "evaluations": [
+            {"policy_version": 0, "accuracy": 0.1, "num_examples": 512},
+            {"policy_version": 50, "accuracy": 0.45, "num_examples": 512},
+        ],
+        "workers": [
+            {
+                "account": "0x" + "cd" * 20,
+                "node": "12D3",
+                "name": "worker-1",
+                "connected": False,
+                "tasks": {"rollout": {"leased": 9, "accepted": 7, "rejected": 1, "expired": 1}},
+                "earned_micros": 2_000_000,
+                "price_micros": {"rollout": 800},
+            }
+        ],
+        **changes,
+    }
+
+
+def drawn(*parts: Any, width: int = 80) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=False)
+    for part in parts:
+        console.print(part)
+    return out.getvalue()
+
+
+def test_the_picture_holds_the_figures_in_80_columns() -> None:
+    text = drawn(picture_of(parse_view(JobView, job()), [0.1, 0.3, 0.5]))
+    for figure in ("75/150", "1:07 left", "10.0% → 45.0%", "+35.0 points", "$5.25 of $25.00"):
+        assert figure in text
+    assert "worker-1  gone" in text
+    assert "0.000800" in text
+    # Nothing wraps: a table of one worker has one line each.
+    assert len([line for line in text.splitlines() if "worker-1" in line]) == 1
+
+
+def test_a_job_that_has_not_begun_is_drawn() -> None:
+    view = parse_view(
+        JobView, job(state="funding", reward_recent=None, eta_s=None, evaluations=[], workers=[])
+    )
+    text = drawn(picture_of(view, []))
+    assert "not evaluated yet" in text
+    assert "starting" in text
+
+
+def test_markup_in_a_stranger_s_name_is_not_obeyed() -> None:
+    view = parse_view(JobView, job(name="[red]x[/red]", reason="[bold]y"))
+    text = drawn(picture_of(view, []))
+    assert "[red]x[/red]" in text
+    assert "[bold]y" in text
+
+
+def test_the_plain_line() -> None:
+    assert plain_line(parse_view(JobView, job())) == (
+        "running   version 75/150  reward 0.500  held-out 45.0%  spent $5.25 of $25.00  "
+        "0 workers  1:07 left"
+    )
+
+
+@given(st.lists(st.floats(-1, 2), max_size=300), st.integers(1, 60))
+def test_a_sparkline_keeps_its_width(values: list[float], width: int) -> None:
+    assert len(sparkline(values, width)) == min(len(values), width)
+
+
+def test_a_sparkline_s_scale_is_0_to_1() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (42, "42 s"), (187, "3:07"), (3723, "1:02:03")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("micros", "text"), [(0, "$0.00"), (5_000, "$0.01"), (4_999, "$0.00"), (-1_250_000, "-$1.25")]
+)
+def test_money_for_reading(micros: int, text: str) -> None:
+    assert dollars(micros) == text
+
+
+@pytest.mark.parametrize("change", [{"state": "dancing"}, {"job_id": "x"}, {"max_steps": None}])
+def test_an_answer_that_is_no_job_is_a_peer_fault(change: dict[str, object]) -> None:
+    with pytest.raises(PeerFault, match="not a JobView"):
+        parse_view(JobView, job(**change))
+
+
+def test_fields_of_a_newer_orchestrator_are_ignored() -> None:
+    assert parse_view(JobView, job(later="yes")).name == "addition"

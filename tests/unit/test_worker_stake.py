@@ -1,0 +1,68 @@
+"""What a worker does about its stake and its node key's binding."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from eth_account import Account as EthAccount
+from worker_double import MemoryChain
+
+from shoal.network.identity import NodeIdentity
+from shoal.protocol.errors import Unauthorised
+from shoal.protocol.money import Micros
+from shoal.worker.session import Credentials
+from shoal.worker.stake import ensure_bound, ensure_stake
+
+ACCOUNT = "0x" + "5" * 40
+MINIMUM = 5_000_000
+
+
+def ensure(chain: MemoryChain, allowed: int | None) -> None:
+    allowed_micros = None if allowed is None else Micros(allowed)
+    asyncio.run(ensure_stake(chain, ACCOUNT, MINIMUM, allowed_micros))
+
+
+def test_enough_stake_moves_no_money() -> None:
+    chain = MemoryChain(ACCOUNT, staked=MINIMUM, tokens=MINIMUM)
+    ensure(chain, MINIMUM)
+    assert (chain.staked, chain.tokens) == (MINIMUM, MINIMUM)
+
+
+def test_missing_stake_is_put_up_when_allowed() -> None:
+    chain = MemoryChain(ACCOUNT, staked=1_000_000, tokens=9_000_000)
+    ensure(chain, 4_000_000)
+    assert (chain.staked, chain.tokens) == (MINIMUM, 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "tokens", "wei", "code", "words"),
+    [
+        (None, 9_000_000, 1, "no_stake", r"\$1\.00 at stake .* \$5\.00.*--stake 4\.00"),
+        (3_000_000, 9_000_000, 1, "stake_too_small", r"at least --stake 4\.00"),
+        (4_000_000, 3_999_999, 1, "balance_too_small", r"send it the rest"),
+        (4_000_000, 4_000_000, 0, "no_gas", "gas money"),
+    ],
+)
+def test_stake_that_cannot_be_put_up_is_said_in_one_sentence(
+    allowed: int | None, tokens: int, wei: int, code: str, words: str
+) -> None:
+    chain = MemoryChain(ACCOUNT, staked=1_000_000, tokens=tokens)
+    chain.wei = wei
+    with pytest.raises(Unauthorised, match=words) as caught:
+        ensure(chain, allowed)
+    assert caught.value.code == code
+    assert ACCOUNT in caught.value.message
+    assert chain.staked == 1_000_000
+
+
+def test_a_node_key_is_bound_once_and_never_taken_from_another() -> None:
+    credentials = Credentials(account=EthAccount.create(), identity=NodeIdentity(b"w" * 32))
+    chain = MemoryChain(credentials.address)
+    asyncio.run(ensure_bound(chain, credentials))
+    asyncio.run(ensure_bound(chain, credentials))
+    key = credentials.identity.public_key
+    assert chain.nodes == {key: credentials.address}
+    chain.nodes[key] = ACCOUNT
+    with pytest.raises(Unauthorised, match=ACCOUNT):
+        asyncio.run(ensure_bound(chain, credentials))

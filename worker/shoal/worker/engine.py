@@ -1,0 +1,148 @@
+"""Runs tasks on a loaded policy; torch is imported here, in the compute thread, at first use."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from shoal.protocol.canonical import digest_of, sha256_hex
+from shoal.protocol.errors import PeerFault
+from shoal.protocol.ids import Digest
+from shoal.protocol.job import EnvSpec
+from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
+from shoal.worker.config import Device
+from shoal.worker.ports import AnyTask, TaskInput, TaskOutput
+
+if TYPE_CHECKING:
+    from shoal.models.policy import Policy
+    from shoal.rl.environments import Environment
+
+_MAX_POLICIES: Final = 2
+"""A second base stays loaded so that two jobs can alternate; more would cost their memory."""
+_MAX_ENVIRONMENTS: Final = 16
+
+
+class PolicyEngine:
+    """Computes rollouts, gradients and evaluations with `shoal.rl`.
+
+    Args:
+        device: Where the model runs.
+        num_threads: CPU threads it may use.
+    """
+
+    def __init__(self, device: Device, num_threads: int) -> None:
+        self._wanted = device
+        self._num_threads = num_threads
+        self._device: str | None = None
+        self._policies: OrderedDict[str, tuple[Policy, str]] = OrderedDict()
+        self._environments: OrderedDict[str, Environment] = OrderedDict()
+
+    def run(self, task: AnyTask, inputs: TaskInput, on_progress: Callable[[], None]) -> TaskOutput:
+        """The task's output, under the policy version the task names.
+
+        Raises:
+            PeerFault: the adapter or the slice does not fit the task.
+            InvalidRequest: the base does not load, or there is no such environment.
+            ShoalError: whatever ``on_progress`` raises.
+        """
+        started_s = time.monotonic()
+        policy, policy_sha256 = self._load(task, inputs)
+        on_progress()
+        payload, num_tokens = self._compute(policy, task, inputs, lambda *_: on_progress())
+        return TaskOutput(
+            payload=payload,
+            policy_sha256=policy_sha256,
+            num_tokens=num_tokens,
+            compute_ms=int((time.monotonic() - started_s) * 1000),
+            engine=policy.engine.name,
+            dtype="float32",
+        )
+
+    def _load(self, task: AnyTask, inputs: TaskInput) -> tuple[Policy, Digest]:
+        """The policy with the task's adapter in it, and the digest of what was loaded."""
+        loaded = digest_of([inputs.base_sha256, sha256_hex(inputs.adapter)])
+        if loaded != task.policy.policy_sha256():
+            raise PeerFault(
+                f"The weights at hand hash to {loaded[:12]}… and policy version "
+                f"{task.policy.version} is another; the task is not run.",
+                evidence=loaded,
+                code="wrong_policy",
+            )
+        key = digest_of([inputs.base_sha256, task.lora.to_json()])
+        policy, held = self._policies.get(key) or (self._open(task, inputs), "")
+        adapter_sha256 = sha256_hex(inputs.adapter)
+        if held != adapter_sha256:
+            # Forgotten first: a load that fails half-way must not leave a wrong name behind.
+            self._policies.pop(key, None)
+            policy.load_adapter(inputs.adapter)
+        self._policies[key] = (policy, adapter_sha256)
+        self._policies.move_to_end(key)
+        return policy, loaded
+
+    def _open(self, task: AnyTask, inputs: TaskInput) -> Policy:
+        from shoal.models.policy import Policy
+
+        while len(self._policies) >= _MAX_POLICIES:
+            self._policies.popitem(last=False)
+        # The seed is moot: the task's own adapter replaces the fresh one at once.
+        return Policy.load(inputs.base_folder, task.lora, seed=0, device=self._resolved_device())
+
+    def _compute(
+        self, policy: Policy, task: AnyTask, inputs: TaskInput, on_progress: Callable[[int], None]
+    ) -> tuple[bytes, int]:
+        """The payload, and how many completion tokens are in the work."""
+        match task:
+            case RolloutTask():
+                from shoal.rl.rollout import run_rollout
+
+                environments = self._environments_of(task.environments)
+                payload = run_rollout(policy, task, environments, on_progress)
+                return payload, _count_tokens(payload)
+            case EvaluateTask():
+                from shoal.rl.evaluation import run_evaluate
+
+                environments = self._environments_of(task.environments)
+                payload = run_evaluate(policy, task, environments, on_progress)
+                return payload, _count_tokens(payload)
+            case GradientTask():
+                from shoal.rl.gradient import run_gradient
+
+                if inputs.batch_slice is None:
+                    raise PeerFault("A gradient task came without its slice.", code="no_slice")
+                payload = run_gradient(policy, task, inputs.batch_slice, on_progress)
+                return payload, _count_tokens(inputs.batch_slice)
+
+    def _environments_of(self, specs: Sequence[EnvSpec]) -> list[Environment]:
+        from shoal.rl.environments import load_environment
+
+        found = []
+        for spec in specs:
+            key = digest_of([spec.id, spec.args])
+            environment = self._environments.pop(key, None) or load_environment(spec)
+            self._environments[key] = environment
+            found.append(environment)
+        while len(self._environments) > _MAX_ENVIRONMENTS:
+            self._environments.popitem(last=False)
+        return found
+
+    def _resolved_device(self) -> str:
+        if self._device is None:
+            self._device = _best_device() if self._wanted is Device.AUTO else self._wanted.value
+        return self._device
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return Device.CUDA.value
+    return Device.MPS.value if torch.backends.mps.is_available() else Device.CPU.value
+
+
+def _count_tokens(data: bytes) -> int:
+    """Completion tokens in a payload or slice of ours (array ``token_ids``)."""
+    import safetensors.numpy
+
+    return int(safetensors.numpy.load(data)["token_ids"].size)

@@ -1,0 +1,106 @@
+"""The provider's own books: bid receipts, receipts and verdicts, kept on its disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.protocol.market import Bid, BidReceipt
+from shoal.protocol.result import Receipt, Verdict
+from shoal.protocol.signing import Signed
+
+_MAX_PENDING: Final = 4096
+_MAX_LINE_BYTES: Final = 4 << 20
+
+
+class EvidenceBook:
+    """What a provider needs to prove what it bid, did and was told.
+
+    Args:
+        directory: Holds ``bids.jsonl``, ``receipts.jsonl``, ``verdicts.jsonl``, ``jobs.json``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in directory.glob("*.jsonl"):
+            _drop_torn_line(path)
+        self._directory = directory
+        self._receipts: dict[str, Signed[Receipt]] = {}
+        self._judged = {
+            (line["verdict"]["record"]["lease_id"], line["verdict"]["record"]["lease_epoch"])
+            for line in _lines(directory / "verdicts.jsonl")
+        }
+        self._jobs = _read_jobs(directory / "jobs.json")
+
+    def keep_bid(self, bid: Signed[Bid], receipt: Signed[BidReceipt]) -> None:
+        """The bid and the orchestrator's receipt for it are on disk."""
+        self._append("bids.jsonl", {"bid": bid.to_json(), "receipt": receipt.to_json()})
+
+    def keep_receipt(self, receipt: Signed[Receipt]) -> None:
+        """The receipt is on disk, and its job among those that may owe something."""
+        while len(self._receipts) >= _MAX_PENDING:
+            del self._receipts[next(iter(self._receipts))]
+        self._receipts[receipt.record.lease_id] = receipt
+        self._append("receipts.jsonl", receipt.to_json())
+        if receipt.record.job_id not in self._jobs:
+            self._jobs[receipt.record.job_id] = False
+            self._write_jobs()
+
+    def keep_verdict(self, verdict: Signed[Verdict]) -> bool:
+        """The verdict is on disk beside its receipt; False when it already was."""
+        record = verdict.record
+        if (record.lease_id, record.lease_epoch) in self._judged:
+            return False
+        receipt = self._receipts.pop(record.lease_id, None)
+        line = {
+            "verdict": verdict.to_json(),
+            "receipt": None if receipt is None else receipt.to_json(),
+        }
+        self._append("verdicts.jsonl", line)
+        self._judged.add((record.lease_id, record.lease_epoch))
+        return True
+
+    def open_jobs(self) -> tuple[str, ...]:
+        """The jobs that may still owe this account something."""
+        return tuple(job_id for job_id, settled in self._jobs.items() if not settled)
+
+    def settle_job(self, job_id: str) -> None:
+        """The job has paid everything it ever will."""
+        self._jobs[job_id] = True
+        self._write_jobs()
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self._directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def _write_jobs(self) -> None:
+        path = self._directory / "jobs.json"
+        draft = path.with_suffix(".new")
+        draft.write_text(json.dumps(self._jobs, indent=1))
+        os.replace(draft, path)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """The file ends with a whole line; what a crash cut short is gone.
+
+    A cut verdict is no loss: it was never acknowledged, so the orchestrator sends it again.
+    """
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _MAX_LINE_BYTES))
+        tail = file.read()
+        if not tail.endswith(b"\n"):
+            file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+
+
+def _lines(path: Path) -> Iterable[dict[str, Any]]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def _read_jobs(path: Path) -> dict[str, bool]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,259 @@
+"""Accepted leases: fetched ahead, run one at a time, dropped when revoked or too late."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from shoal.protocol.errors import Clock, Expired
+from shoal.protocol.market import Lease, TaskKind
+from shoal.protocol.node import LeaseOffer, LeaseProgress
+from shoal.worker.events import log_event, log_failure
+from shoal.worker.materials import Materials
+from shoal.worker.offers import PRIORITY
+from shoal.worker.ports import Engine, TaskInput, TaskOutput
+
+_COMPUTE_SHARE: Final = 0.8
+"""Compute ends at this share of a lease's time, so that handing in fits into the rest."""
+_MAX_FETCHES: Final = 4
+
+
+@dataclass(eq=False, kw_only=True)
+class Assignment:
+    """A lease this worker holds.
+
+    Attributes:
+        offer: The lease and its task.
+        received_s: Monotonic time at which it came.
+        progress: Rises with every step of work; heartbeats report it.
+        stop: Set when the work is to end, whatever the reason.
+        over: Set when the lease is no longer held.
+    """
+
+    offer: LeaseOffer
+    received_s: float
+    progress: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def lease(self) -> Lease:
+        """The lease itself."""
+        return self.offer.lease.record
+
+    @property
+    def deadline_s(self) -> float:
+        """Monotonic time at which the lease is over.
+
+        Measured from receipt over the lease's own span, so that the two machines' clocks
+        need not agree.
+        """
+        return self.received_s + (self.lease.deadline_ms - self.lease.issued_at_ms) / 1000
+
+    @property
+    def cutoff_s(self) -> float:
+        """Monotonic time at which computing on it stops."""
+        return self.received_s + _COMPUTE_SHARE * (self.deadline_s - self.received_s)
+
+
+Deliver = Callable[[Assignment, TaskOutput], Awaitable[None]]
+
+
+class Executor:
+    """Holds leases and works through them: gradients, then evaluations, then rollouts.
+
+    Args:
+        materials: Where task bytes come from.
+        engine: What computes.
+        deliver: Hands a finished task in; awaited beside further compute.
+        monotonic_s: The machine's monotonic clock.
+    """
+
+    def __init__(
+        self,
+        materials: Materials,
+        engine: Engine,
+        deliver: Deliver,
+        monotonic_s: Callable[[], float],
+    ) -> None:
+        self._materials = materials
+        self._engine = engine
+        self._deliver = deliver
+        self._monotonic_s = monotonic_s
+        self._held: dict[str, Assignment] = {}
+        self._ready: list[tuple[int, int, Assignment, TaskInput]] = []
+        self._order = itertools.count()
+        self._has_ready = asyncio.Event()
+        self._fetches = asyncio.Semaphore(_MAX_FETCHES)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-compute")
+        self.sources: Sequence[str] = ()
+        """Where blobs are fetched from; set from the orchestrator's greeting."""
+
+    def held(self, lease_id: str) -> Assignment | None:
+        """The lease, while it is held."""
+        return self._held.get(lease_id)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def units_held(self, kind: TaskKind) -> int:
+        """Units of ``kind`` in flight."""
+        return sum(a.lease.num_units for a in self._held.values() if a.lease.kind is kind)
+
+    def progress(self) -> tuple[LeaseProgress, ...]:
+        """How far every held lease has come."""
+        return tuple(
+            LeaseProgress(
+                lease_id=a.lease.lease_id, lease_epoch=a.lease.lease_epoch, progress=a.progress
+            )
+            for a in self._held.values()
+        )
+
+    def accept(self, offer: LeaseOffer) -> Assignment:
+        """The offer is held, and its bytes are being fetched.
+
+        An older epoch of the same lease is dropped.
+        """
+        older = self._held.get(offer.lease.record.lease_id)
+        if older is not None:
+            self._drop(older, "superseded")
+        assignment = Assignment(offer=offer, received_s=self._monotonic_s())
+        self._held[assignment.lease.lease_id] = assignment
+        self._start(self._prepare(assignment))
+        return assignment
+
+    def revoke(self, lease_ids: Iterable[str]) -> None:
+        """The named leases are dropped; one being computed stops at its next step."""
+        for lease_id in lease_ids:
+            assignment = self._held.get(lease_id)
+            if assignment is not None:
+                self._drop(assignment, "revoked")
+
+    async def run(self) -> None:
+        """Works until cancelled; a task that fails is logged and its lease left to expire."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.prepare)
+        log_event("engine_ready")
+        while True:
+            await self._has_ready.wait()
+            if not self._ready:
+                self._has_ready.clear()
+                continue
+            _, _, assignment, inputs = heapq.heappop(self._ready)
+            if self._held.get(assignment.lease.lease_id) is assignment:
+                await self._compute(assignment, inputs)
+
+    async def close(self, grace_s: float) -> None:
+        """Finished work was given ``grace_s`` to be handed in; everything else is dropped."""
+        delivering = {task for task in self._tasks if task.get_name() == "deliver"}
+        if delivering:
+            await asyncio.wait(delivering, timeout=grace_s)
+        for assignment in tuple(self._held.values()):
+            self._drop(assignment, "stopping")
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _prepare(self, assignment: Assignment) -> None:
+        lease = assignment.lease
+        try:
+            async with self._fetches:
+                left_s = assignment.cutoff_s - self._monotonic_s()
+                inputs = await self._materials.gather(
+                    assignment.offer.task, self.sources, timeout_s=max(left_s, 0.0)
+                )
+        except Exception as error:  # one bad task must not end the worker
+            self._fail(assignment, "fetch_failed", error)
+            return
+        assignment.progress += 1
+        heapq.heappush(self._ready, (PRIORITY[lease.kind], next(self._order), assignment, inputs))
+        self._has_ready.set()
+
+    async def _compute(self, assignment: Assignment, inputs: TaskInput) -> None:
+        def step() -> None:
+            assignment.progress += 1
+            self._require_live(assignment)
+
+        def work() -> TaskOutput:
+            self._require_live(assignment)
+            return self._engine.run(assignment.offer.task, inputs, step)
+
+        _log("task_started", assignment)
+        try:
+            output = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            self._require_live(assignment)
+        except Exception as error:  # one bad task must not end the worker
+            self._fail(assignment, "task_failed", error)
+            return
+        assignment.progress += 1
+        _log("task_computed", assignment, compute_ms=output.compute_ms)
+        self._start(self._hand_in(assignment, output), name="deliver")
+
+    async def _hand_in(self, assignment: Assignment, output: TaskOutput) -> None:
+        try:
+            await self._deliver(assignment, output)
+        except Exception as error:  # costs the lease, not the worker
+            self._fail(assignment, "result_failed", error)
+            return
+        self._release(assignment)
+
+    def _require_live(self, assignment: Assignment) -> None:
+        lease_id = assignment.lease.lease_id
+        if assignment.stop.is_set():
+            raise Expired(
+                f"The lease {lease_id} was withdrawn; its work was dropped.",
+                clock=Clock.HEARTBEAT,
+                code="lease_dropped",
+                lease_id=lease_id,
+            )
+        if self._monotonic_s() > assignment.cutoff_s:
+            raise Expired(
+                f"The lease {lease_id} has too little time left to finish and hand in; give the "
+                "worker less capacity or more speed.",
+                clock=Clock.DEADLINE,
+                lease_id=lease_id,
+            )
+
+    def _fail(self, assignment: Assignment, event: str, error: Exception) -> None:
+        lease = assignment.lease
+        if not assignment.stop.is_set():
+            log_failure(event, error, job_id=lease.job_id, lease_id=lease.lease_id)
+        self._forget(assignment)
+
+    def _drop(self, assignment: Assignment, why: str) -> None:
+        assignment.stop.set()
+        _log("lease_dropped", assignment, reason=why)
+        self._forget(assignment)
+
+    def _forget(self, assignment: Assignment) -> None:
+        assignment.stop.set()
+        self._release(assignment)
+
+    def _release(self, assignment: Assignment) -> None:
+        assignment.over.set()
+        if self._held.get(assignment.lease.lease_id) is assignment:
+            del self._held[assignment.lease.lease_id]
+
+    def _start(self, work: Coroutine[object, object, None], name: str = "prepare") -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _log(event: str, assignment: Assignment, **fields: str | int) -> None:
+    lease, task = assignment.lease, assignment.offer.task
+    log_event(
+        event,
+        job_id=lease.job_id,
+        lease_id=lease.lease_id,
+        kind=lease.kind.value,
+        policy_version=task.policy.version,
+        **fields,
+    )

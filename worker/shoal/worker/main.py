@@ -1,0 +1,169 @@
+"""The worker process: real parts put together, signals heeded, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Final
+
+from shoal.network.identity import NodeIdentity
+from shoal.protocol.errors import Expired, ShoalError, Unavailable
+from shoal.protocol.keystore import load_or_create_account
+from shoal.protocol.node import HelloReply
+from shoal.worker.config import Device, WorkerConfig
+from shoal.worker.earnings import Collector
+from shoal.worker.events import configure_logging, log_event, log_failure
+from shoal.worker.evidence import EvidenceBook
+from shoal.worker.node import Parts, WorkerNode
+from shoal.worker.ports import ProviderChain
+from shoal.worker.session import Credentials, Link, find_addresses, greet
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+def load_credentials(config: WorkerConfig) -> Credentials:
+    """The worker's two keys, made at its first start.
+
+    Raises:
+        InvalidRequest: a key file is damaged or may be read by others.
+        Unauthorised: the passphrase does not open the keystore.
+    """
+    return Credentials(
+        account=load_or_create_account(config.account_path),
+        identity=NodeIdentity.load_or_create(config.node_key_path),
+    )
+
+
+async def run_worker(config: WorkerConfig) -> None:
+    """The worker has worked until SIGTERM or SIGINT, and left cleanly.
+
+    Raises:
+        ShoalError: it could not start or go on; one sentence says why.
+    """
+    handler = configure_logging(config.name, config.log_file)
+    os.nice(config.niceness)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await serve(config, stop)
+    except ShoalError as error:
+        log_failure("worker_failed", error)
+        raise
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+        handler.flush()
+
+
+async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
+    """A worker of real parts has worked until ``stop`` was set."""
+    # Imported here, so that naming this module does not cost a libp2p and a web3 import.
+    from shoal.network.blob_client import BlobClient
+    from shoal.network.blob_store import BlobStore
+    from shoal.network.libp2p_node import Libp2pNode
+    from shoal.worker.engine import PolicyEngine
+
+    credentials = load_credentials(config)
+    log_event("starting", node=credentials.node, account=credentials.address)
+    store = BlobStore(config.folder / "blobs", config.cache_bytes + config.max_base_bytes)
+    async with contextlib.AsyncExitStack() as resources:
+        blobs = await resources.enter_async_context(BlobClient(store))
+
+        async def connect(greeting: HelloReply) -> ProviderChain:
+            return await resources.enter_async_context(_chain(config, credentials, greeting))
+
+        parts = Parts(
+            network=Libp2pNode(credentials.identity),
+            credentials=credentials,
+            connect_chain=connect,
+            blobs=blobs,
+            engine=PolicyEngine(config.device, config.num_threads),
+            device=_device_name(config.device),
+        )
+        await WorkerNode(config, parts).run(stop)
+
+
+async def claim_all(config: WorkerConfig) -> int:
+    """Everything the known jobs owe the account has been claimed; returns the micros paid.
+
+    Raises:
+        ShoalError: the orchestrator or the chain cannot be reached.
+    """
+    from shoal.network.libp2p_node import Libp2pNode
+
+    credentials = load_credentials(config)
+    # A key of its own, so that a running worker's connection is not disturbed.
+    network = Libp2pNode(NodeIdentity.generate())
+    link = Link(network)
+    await network.start()
+    try:
+        greeting = await _greet_any(link, config)
+        async with _chain(config, credentials, greeting) as chain:
+            collector = Collector(
+                chain,
+                EvidenceBook(config.folder / "evidence"),
+                credentials.address,
+                greeting.domain,
+                api_url=greeting.api_url,
+                claim_min_micros=0,
+            )
+            return await collector.collect_all(even_small=True)
+    finally:
+        await network.stop()
+
+
+async def _greet_any(link: Link, config: WorkerConfig) -> HelloReply:
+    failure: ShoalError = Unavailable("The orchestrator names no address to dial.")
+    for address in await find_addresses(config.orchestrator):
+        try:
+            await link.dial(address)
+            return await greet(link)
+        except (Unavailable, Expired) as error:
+            failure = error
+    raise failure
+
+
+@contextlib.asynccontextmanager
+async def _chain(
+    config: WorkerConfig, credentials: Credentials, greeting: HelloReply
+) -> AsyncIterator[ProviderChain]:
+    """The chain the greeting names, through the provider's own node if it has one.
+
+    Raises:
+        InvalidRequest: the node at the URL follows another chain, or lacks the contracts.
+        Unavailable: none of the URLs answers.
+    """
+    from shoal.contracts.gateway import ChainGateway
+    from shoal.contracts.records import Deployment
+
+    deployment = Deployment(
+        chain_id=greeting.domain.chain_id,
+        block_number=0,
+        **greeting.contracts.model_dump(),
+    )
+    urls = (config.rpc_url,) if config.rpc_url else greeting.rpc_urls
+    failure: ShoalError = Unavailable(
+        "The orchestrator names no chain node; set rpc_url to one of your own.", code="no_rpc"
+    )
+    for url in urls:
+        try:
+            gateway = await ChainGateway.connect(url, deployment, credentials.account)
+        except Unavailable as error:
+            failure = error
+            continue
+        async with gateway:
+            yield gateway
+        return
+    raise failure
+
+
+def _device_name(device: Device) -> str:
+    if device is not Device.AUTO:
+        return device.value
+    # What decides is torch, which a joining worker has not loaded yet.
+    return "auto"

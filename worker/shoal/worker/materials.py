@@ -1,0 +1,124 @@
+"""A task's bytes: the base on disk once, adapters and slices by digest."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from shoal.protocol.blob import BlobRef
+from shoal.protocol.canonical import digest_of
+from shoal.protocol.errors import PeerFault
+from shoal.protocol.ids import Digest
+from shoal.protocol.policy import BaseModelRef
+from shoal.protocol.task import GradientTask
+from shoal.worker.ports import AnyTask, BlobPlane, TaskInput
+
+_MAX_CACHED_ADAPTER_BYTES: Final = 64 << 20
+
+
+class Materials:
+    """Fetches what tasks need, each thing once.
+
+    Args:
+        directory: Where base folders are kept, one for each content digest.
+        blobs: The blob plane.
+    """
+
+    def __init__(self, directory: Path, blobs: BlobPlane) -> None:
+        self._directory = directory
+        self._blobs = blobs
+        self._checked: dict[str, Path] = {}
+        self._base_locks: dict[str, asyncio.Lock] = {}
+        self._adapters: OrderedDict[str, bytes] = OrderedDict()
+
+    async def gather(self, task: AnyTask, sources: Sequence[str], *, timeout_s: float) -> TaskInput:
+        """Everything ``task`` needs, fetched and verified.
+
+        Raises:
+            Unavailable: no source has it just now.
+            PeerFault: what arrived is not what the task names.
+            Expired: it took longer than ``timeout_s``.
+        """
+        folder = await self._base(task.base, sources, timeout_s)
+        adapter = await self._adapter(task.policy.adapter, sources, timeout_s)
+        batch_slice = None
+        if isinstance(task, GradientTask):
+            path = await self._blobs.fetch(task.slice, sources, timeout_s=timeout_s)
+            batch_slice = await asyncio.to_thread(path.read_bytes)
+        return TaskInput(
+            base_folder=folder,
+            base_sha256=task.base.content_digest(),
+            adapter=adapter,
+            batch_slice=batch_slice,
+        )
+
+    async def _adapter(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
+        cached = self._adapters.get(ref.sha256)
+        if cached is not None:
+            self._adapters.move_to_end(ref.sha256)
+            return cached
+        path = await self._blobs.fetch(ref, sources, timeout_s=timeout_s)
+        data = await asyncio.to_thread(path.read_bytes)
+        self._adapters[ref.sha256] = data
+        total = sum(len(adapter) for adapter in self._adapters.values())
+        while total > _MAX_CACHED_ADAPTER_BYTES and len(self._adapters) > 1:
+            total -= len(self._adapters.popitem(last=False)[1])
+        return data
+
+    async def _base(self, base: BaseModelRef, sources: Sequence[str], timeout_s: float) -> Path:
+        digest = base.content_digest()
+        async with self._base_locks.setdefault(digest, asyncio.Lock()):
+            known = self._checked.get(digest)
+            if known is not None:
+                return known
+            folder = self._directory / digest
+            if not folder.is_dir():
+                await self._fetch_base(base, folder, sources, timeout_s)
+            found = await asyncio.to_thread(_digest_of_folder, base, folder)
+            if found != digest:
+                await asyncio.to_thread(shutil.rmtree, folder)
+                raise PeerFault(
+                    f"The base {base.name} on this disk hashes to {found[:12]}… and not to "
+                    f"{digest[:12]}…; it was removed and is fetched again for the next task.",
+                    evidence=found,
+                    code="wrong_base",
+                )
+            self._checked[digest] = folder
+            return folder
+
+    async def _fetch_base(
+        self, base: BaseModelRef, folder: Path, sources: Sequence[str], timeout_s: float
+    ) -> None:
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for file in base.files:
+            path = await self._blobs.fetch(file.blob, sources, timeout_s=timeout_s)
+            await asyncio.to_thread(_place, path, draft / file.path)
+        draft.rename(folder)
+
+
+def _place(source: Path, target: Path) -> None:
+    # A hard link costs no disk and outlives the cache dropping its own name.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _digest_of_folder(base: BaseModelRef, folder: Path) -> Digest:
+    """`BaseModelRef.content_digest` of the bytes that lie in ``folder`` now."""
+    return digest_of([[file.path, _sha256_of(folder / file.path)] for file in base.files])
+
+
+def _sha256_of(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,125 @@
+"""What the worker needs from the chain, the blob plane and the compute engine, as it needs it.
+
+The real parts live in `shoal.contracts`, `shoal.network` and `shoal.worker.engine`; stating
+the needs here lets the worker be driven without a chain, a socket or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shoal.contracts.records import Claim, EscrowState, Mined, StakeInfo
+from shoal.protocol.blob import BlobRef
+from shoal.protocol.ids import Digest
+from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
+
+AnyTask = RolloutTask | GradientTask | EvaluateTask
+
+
+class ProviderChain(Protocol):
+    """The chain, seen from a provider's account."""
+
+    async def now_s(self) -> int:
+        """The chain's clock, in Unix seconds."""
+        ...
+
+    async def eth_balance(self, account: str) -> int:
+        """Gas money of ``account``, in wei."""
+        ...
+
+    async def token_balance(self, account: str) -> int:
+        """Settlement tokens of ``account``, in micros."""
+        ...
+
+    async def stake_of(self, account: str) -> StakeInfo:
+        """The stake of ``account``."""
+        ...
+
+    async def stake(self, amount_micros: int) -> Mined:
+        """``amount_micros`` of our own tokens are staked."""
+        ...
+
+    async def node_owner(self, node_key: bytes) -> str | None:
+        """The account a node key is bound to; None when it is not bound."""
+        ...
+
+    async def bind_node(self, node_key: bytes) -> Mined:
+        """The node key is bound to our account."""
+        ...
+
+    async def escrow(self, job_id: str) -> EscrowState:
+        """The job's escrow."""
+        ...
+
+    async def claimed(self, job_id: str, account: str) -> int:
+        """What the job has paid ``account`` so far, in micros."""
+        ...
+
+    async def claim(self, job_id: str, claim: Claim) -> Mined:
+        """The difference between ``claim`` and what was paid so far is paid."""
+        ...
+
+
+class BlobPlane(Protocol):
+    """Content-addressed bytes, fetched and handed in."""
+
+    async def fetch(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> Path:
+        """The blob lies on disk, verified against its digest."""
+        ...
+
+    async def put(self, url: str, data: bytes, token: str, *, timeout_s: float) -> BlobRef:
+        """``data`` is stored by the holder at ``url``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInput:
+    """A task's bytes, all fetched and verified.
+
+    Attributes:
+        base_folder: The base model's files.
+        base_sha256: Digest computed from those files as they lie on disk.
+        adapter: The adapter's safetensors bytes.
+        batch_slice: A gradient task's slice; None for the other kinds.
+    """
+
+    base_folder: Path
+    base_sha256: Digest
+    adapter: bytes
+    batch_slice: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOutput:
+    """What a task came to.
+
+    Attributes:
+        payload: The result's safetensors bytes.
+        policy_sha256: Digest of the base and adapter that were really loaded.
+        num_tokens: Completion tokens sampled or differentiated.
+        compute_ms: Time in the compute thread.
+        engine: What computed it.
+        dtype: In which arithmetic.
+    """
+
+    payload: bytes
+    policy_sha256: Digest
+    num_tokens: int
+    compute_ms: int
+    engine: str
+    dtype: str
+
+
+class Engine(Protocol):
+    """Runs one task at a time, in one thread."""
+
+    def prepare(self) -> None:
+        """What is slow to load is loaded, so that the first task need not wait for it."""
+        ...
+
+    def run(self, task: AnyTask, inputs: TaskInput, on_progress: Callable[[], None]) -> TaskOutput:
+        """The task's output; whatever ``on_progress`` raises ends the task early."""
+        ...

@@ -1,0 +1,86 @@
+"""What the chain must say before an orchestrator takes a worker: stake and node binding."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shoal.protocol.errors import Unauthorised
+from shoal.protocol.money import Micros, format_dollars
+from shoal.worker.events import log_event
+from shoal.worker.ports import ProviderChain
+from shoal.worker.session import Credentials
+
+_UNBOUND: Final = "0x" + "0" * 40
+
+
+async def ensure_stake(
+    chain: ProviderChain, account: str, minimum_micros: int, allowed_micros: Micros | None
+) -> None:
+    """The account's active stake is at least the minimum.
+
+    Args:
+        chain: The chain, with the provider's account.
+        account: The provider's account.
+        minimum_micros: What the orchestrator asks for.
+        allowed_micros: What the provider lets the worker put up; None for nothing.
+
+    Raises:
+        Unauthorised: it is not, and cannot be made so; says what to do.
+    """
+    staked = (await chain.stake_of(account)).active_micros
+    if staked >= minimum_micros:
+        return
+    asked = (
+        f"The account {account} has ${format_dollars(staked)} at stake and the orchestrator asks "
+        f"for ${format_dollars(minimum_micros)}"
+    )
+    missing = format_dollars(minimum_micros - staked)
+    if allowed_micros is None:
+        raise Unauthorised(
+            f"{asked}; start the worker with --stake {missing} to put up the rest.",
+            code="no_stake",
+        )
+    if staked + allowed_micros < minimum_micros:
+        raise Unauthorised(
+            f"{asked}; --stake {format_dollars(allowed_micros)} is not enough, "
+            f"give at least --stake {missing}.",
+            code="stake_too_small",
+        )
+    await _require_funds(chain, account, allowed_micros)
+    mined = await chain.stake(allowed_micros)
+    log_event("staked", amount_micros=int(allowed_micros), tx_hash=mined.tx_hash)
+
+
+async def ensure_bound(chain: ProviderChain, credentials: Credentials) -> None:
+    """The chain says that the account answers for the node.
+
+    Raises:
+        Unauthorised: another account does.
+    """
+    key = credentials.identity.public_key
+    owner = await chain.node_owner(key)
+    if owner is None or owner == _UNBOUND:
+        mined = await chain.bind_node(key)
+        log_event("node_bound", node=credentials.node, tx_hash=mined.tx_hash)
+    elif owner.lower() != credentials.address.lower():
+        raise Unauthorised(
+            f"The node key of {credentials.node} is bound to the account {owner} and not to "
+            f"{credentials.address}; use that account, or move the node key away so that a new "
+            "one is made.",
+            code="node_taken",
+        )
+
+
+async def _require_funds(chain: ProviderChain, account: str, amount_micros: int) -> None:
+    balance = await chain.token_balance(account)
+    if balance < amount_micros:
+        raise Unauthorised(
+            f"The account {account} holds ${format_dollars(balance)}, less than the "
+            f"${format_dollars(amount_micros)} to be staked; send it the rest.",
+            code="balance_too_small",
+        )
+    if await chain.eth_balance(account) == 0:
+        raise Unauthorised(
+            f"The account {account} has no gas money to send its stake with; send it some.",
+            code="no_gas",
+        )

@@ -1,0 +1,189 @@
+"""Hands finished work in: the payload as a blob, then result, receipt and signed statement."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.protocol.blob import BlobRef
+from shoal.protocol.errors import Clock, Expired, PeerFault, ShoalError, Unavailable
+from shoal.protocol.market import Lease
+from shoal.protocol.node import RESULT_PROTOCOL, ResultMessage, ResultReply
+from shoal.protocol.result import Receipt, Result
+from shoal.protocol.signing import Domain, Signed, sign
+from shoal.worker.events import log_event, log_failure
+from shoal.worker.evidence import EvidenceBook
+from shoal.worker.executor import Assignment
+from shoal.worker.ports import BlobPlane, TaskOutput
+from shoal.worker.session import Backoff, Credentials, Link
+from shoal.worker.statement import sign_statement
+
+_OUR_CLOCKS: Final = frozenset({Clock.CONNECT, Clock.REPLY, Clock.TRANSFER})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Where results go, as the orchestrator's greeting says.
+
+    Attributes:
+        domain: Where signatures count.
+        blob_urls: Holders that take payloads, the first preferred.
+    """
+
+    domain: Domain
+    blob_urls: tuple[str, ...]
+
+
+class Submitter:
+    """Delivers outputs for as long as their leases live.
+
+    Args:
+        credentials: The keys that sign receipt and statement.
+        link: The way to the orchestrator.
+        blobs: The blob plane.
+        book: Where receipts are kept.
+        monotonic_s: The machine's monotonic clock.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        link: Link,
+        blobs: BlobPlane,
+        book: EvidenceBook,
+        monotonic_s: Callable[[], float],
+    ) -> None:
+        self._credentials = credentials
+        self._link = link
+        self._blobs = blobs
+        self._book = book
+        self._monotonic_s = monotonic_s
+        self.drop: Drop | None = None
+        """Set from each greeting."""
+
+    async def deliver(self, assignment: Assignment, output: TaskOutput) -> None:
+        """The orchestrator holds the result.
+
+        Raises:
+            Expired: the lease ended first.
+            ShoalError: the orchestrator refused the result; its own reason.
+        """
+        max_bytes = assignment.offer.max_result_bytes
+        if len(output.payload) > max_bytes:
+            raise PeerFault(
+                f"The result of {assignment.lease.lease_id} has {len(output.payload)} bytes and "
+                f"the lease takes {max_bytes}.",
+                code="result_too_large",
+            )
+        message: ResultMessage | None = None
+        pause = Backoff()
+        while True:
+            try:
+                await self._joined_in_time(assignment)
+                if message is None:
+                    ref = await self._upload(assignment, output)
+                    message = self._message(assignment, output, ref)
+                    self._book.keep_receipt(message.receipt)
+                await self._send(assignment, message)
+            except (Unavailable, Expired) as error:
+                if not self._may_retry(assignment, error):
+                    raise
+                log_failure("result_delayed", error, lease_id=assignment.lease.lease_id)
+                await asyncio.sleep(pause.next_s())
+            else:
+                return
+
+    async def _joined_in_time(self, assignment: Assignment) -> None:
+        lease_id = assignment.lease.lease_id
+        try:
+            async with asyncio.timeout(self._left_s(assignment)):
+                await self._link.wait_joined()
+        except TimeoutError:
+            raise Expired(
+                f"The lease {lease_id} ended while the orchestrator was out of reach.",
+                clock=Clock.DEADLINE,
+                lease_id=lease_id,
+            ) from None
+
+    async def _upload(self, assignment: Assignment, output: TaskOutput) -> BlobRef:
+        left_s = self._left_s(assignment)
+        failure: ShoalError | None = None
+        for url in self._current_drop().blob_urls:
+            try:
+                return await self._blobs.put(
+                    url, output.payload, assignment.offer.upload_token, timeout_s=left_s
+                )
+            except (Unavailable, Expired) as error:
+                failure = error
+        raise failure or PeerFault(
+            "The orchestrator names no place to store results.", code="no_blob_url"
+        )
+
+    def _message(
+        self, assignment: Assignment, output: TaskOutput, payload: BlobRef
+    ) -> ResultMessage:
+        lease = assignment.lease
+        result = _result(lease, output, payload)
+        receipt = Receipt(
+            lease_id=lease.lease_id,
+            lease_epoch=lease.lease_epoch,
+            job_id=lease.job_id,
+            result_sha256=result.digest(),
+            account=self._credentials.address,
+            node=self._credentials.node,
+        )
+        signed: Signed[Receipt] = sign(
+            receipt, self._current_drop().domain, self._credentials.account
+        )
+        statement = sign_statement(self._credentials.identity, lease, assignment.offer.task, result)
+        return ResultMessage(result=result, receipt=signed, statement=statement)
+
+    async def _send(self, assignment: Assignment, message: ResultMessage) -> None:
+        reply = ResultReply.decode(await self._link.request(RESULT_PROTOCOL, message.encode()))
+        if reply.result_sha256 != message.result.digest():
+            raise PeerFault(
+                f"The orchestrator confirmed another result for {assignment.lease.lease_id}.",
+                evidence=reply.result_sha256,
+                code="wrong_result",
+            )
+        log_event(
+            "result_delivered",
+            job_id=assignment.lease.job_id,
+            lease_id=assignment.lease.lease_id,
+            kind=assignment.lease.kind.value,
+            num_units=message.result.num_units,
+            policy_version=assignment.offer.task.policy.version,
+        )
+
+    def _may_retry(self, assignment: Assignment, error: Unavailable | Expired) -> bool:
+        # An `Expired` of the orchestrator's clocks is final: the lease is no longer ours.
+        if isinstance(error, Expired) and error.clock not in _OUR_CLOCKS:
+            return False
+        return not assignment.stop.is_set() and self._left_s(assignment) > 0
+
+    def _left_s(self, assignment: Assignment) -> float:
+        return max(0.0, assignment.deadline_s - self._monotonic_s())
+
+    def _current_drop(self) -> Drop:
+        if self.drop is None:
+            raise Unavailable("The orchestrator has not greeted this worker yet.")
+        return self.drop
+
+
+def _result(lease: Lease, output: TaskOutput, payload: BlobRef) -> Result:
+    return Result(
+        lease_id=lease.lease_id,
+        lease_epoch=lease.lease_epoch,
+        task_id=lease.task_id,
+        task_sha256=lease.task_sha256,
+        kind=lease.kind,
+        policy_sha256=output.policy_sha256,
+        payload=payload,
+        num_units=lease.num_units,
+        num_tokens=output.num_tokens,
+        compute_ms=output.compute_ms,
+        engine=output.engine,
+        dtype=output.dtype,
+    )
