@@ -18,7 +18,7 @@ from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.views import Views
-from shoal.protocol.errors import InvalidRequest, NotFound, PeerFault, ShoalError
+from shoal.protocol.errors import InvalidRequest, InvariantBroken, NotFound, PeerFault, ShoalError
 from shoal.protocol.job import Job, JobState
 from shoal.protocol.node import PROTOCOL_VERSION
 from shoal.protocol.policy import BaseModelRef
@@ -57,6 +57,7 @@ class Api:
         app.add_exception_handler(ShoalError, _shoal_error)
         app.add_exception_handler(RequestValidationError, _validation_error)
         app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, _defect)
         market, job = "/v1/market", "/v1/market/jobs/{job_id}"
         app.get("/health")(self.health)
         app.get(f"{market}/info")(self.info)
@@ -220,3 +221,12 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         raise error
     wire = NotFound(f"{request.method} {request.url.path}: {error.detail}.", code="http")
     return JSONResponse(wire.to_wire(), status_code=error.status_code)
+
+
+async def _defect(request: Request, error: Exception) -> JSONResponse:
+    # Starlette logs the trace; the caller gets a sentence and no internals.
+    wire = InvariantBroken(
+        f"{request.method} {request.url.path} met a defect of the orchestrator; its log has the "
+        "details."
+    )
+    return JSONResponse(wire.to_wire(), status_code=wire.http_status)

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 ESCROW_PERIOD_S = 7 * 24 * 3600
 _FUNDING_POLL_S = 0.5
+_FUNDING_PATIENCE_MS = 3_600_000
 
 
 class Intake:
@@ -123,8 +124,11 @@ class Intake:
 
     async def _check_funding(self, row: JobRow) -> None:
         job = Signed[Job].model_validate_json(row.record).record
-        escrow = await self._context.chain.escrow(row.job_id)
-        if escrow.funded_micros == 0:
+        try:
+            escrow = await self._context.chain.escrow(row.job_id)
+        except NotFound:
+            if self._context.time.now_ms() > row.created_ms + _FUNDING_PATIENCE_MS:
+                await self._fail(row.job_id, "its escrow was never opened")
             return
         if escrow.coordinator.lower() != self._context.account.address.lower():
             await self._fail(row.job_id, "the escrow names another orchestrator")

@@ -51,7 +51,7 @@ class Journal:
             data=json.dumps(data, sort_keys=True),
         )
         await self._context.database.run(lambda session: session.add(row))
-        _log.info(type_, extra={"job_id": job_id, **data})
+        _log.info(type_, extra={"job_id": job_id, "data": dict(data)})
         self._wake(job_id)
 
     async def events(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:

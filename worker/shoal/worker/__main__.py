@@ -53,4 +53,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    # Everything of ours is closed by now; taking torch and its threads apart one by one would
+    # only keep the provider waiting, for seconds on a busy machine.
+    os._exit(code)

@@ -49,6 +49,7 @@ from shoal.worker.submit import Drop, Submitter
 
 _MISSED_HEARTBEATS: Final = 3
 _MAX_ACKNOWLEDGED: Final = 1024
+_FIRST_JOIN_PAUSE_S: Final = 0.5
 _DELIVERY_GRACE_S: Final = 1.5
 _CLAIM_GRACE_S: Final = 2.0
 _LEAVE_GRACE_S: Final = 0.5
@@ -139,7 +140,11 @@ class WorkerNode:
                     raise
                 log_failure("orchestrator_unreachable", error)
             await self._link.close()
-            await asyncio.sleep(pause.next_s())
+            pause_s = pause.next_s()
+            # Before the first joining somebody is watching and waits.
+            if self._greeting is None:
+                pause_s = min(pause_s, _FIRST_JOIN_PAUSE_S)
+            await asyncio.sleep(pause_s)
 
     def _cannot_mend(self, error: ShoalError, give_up_s: float) -> bool:
         if isinstance(error, InvalidRequest | InvariantBroken):
@@ -239,7 +244,7 @@ class WorkerNode:
     async def _beat(self, greeting: HelloReply) -> None:
         sent = tuple(self._acknowledged)[:_MAX_ACKNOWLEDGED]
         beat = Heartbeat(leases=self._executor.progress(), acknowledged=sent)
-        timeout_s = max(1.0, 2 * greeting.heartbeat_ms / 1000)
+        timeout_s = max(2.0, 3 * greeting.heartbeat_ms / 1000)
         raw = await self._link.request(HEARTBEAT_PROTOCOL, beat.encode(), timeout_s=timeout_s)
         reply = HeartbeatReply.decode(raw)
         for lease_id in sent:
