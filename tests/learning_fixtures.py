@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shoal.models.base import describe_base
 from shoal.models.policy import Policy
 from shoal.models.tiny import build_model, build_tokenizer
-from shoal.protocol.canonical import sha256_hex
-from shoal.protocol.job import EnvSpec, EvalSpec, JobSpec, LoraSpec, OptimizerSpec, SamplingSpec
-from shoal.protocol.job import BudgetSpec
+from shoal.protocol.job import (
+    BudgetSpec,
+    EnvSpec,
+    EvalSpec,
+    JobSpec,
+    LoraSpec,
+    OptimizerSpec,
+    SamplingSpec,
+)
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.result import Result
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
@@ -115,10 +122,6 @@ class Lab:
         )
 
 
-def payload_digest(data: bytes) -> str:
-    return sha256_hex(data)
-
-
-def spread_rewards(num_rows: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def spread_rewards(num_rows: int) -> NDArray[np.float32]:
     """Rewards that differ inside every group."""
-    return (np.arange(num_rows) % 3 == 0).astype(np.float32)
+    return np.array([float(row % 3 == 0) for row in range(num_rows)], dtype=np.float32)

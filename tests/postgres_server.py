@@ -74,7 +74,14 @@ def running_postgres() -> Iterator[PostgresServer]:
         )
         # Durability is switched off: the cluster does not outlive the tests.
         options = f"-h '' -k {data} -F -c synchronous_commit=off -c full_page_writes=off"
-        control = [binaries / "pg_ctl", "-D", data, "-w", "-t", str(_START_TIMEOUT_S)]
+        control: list[str | Path] = [
+            binaries / "pg_ctl",
+            "-D",
+            data,
+            "-w",
+            "-t",
+            str(_START_TIMEOUT_S),
+        ]
         _call([*control, "-l", data / "log", "-o", options, "start"], user, group)
         try:
             yield PostgresServer(socket_dir=data)

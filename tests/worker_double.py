@@ -119,7 +119,7 @@ class MemoryBlobs:
 
     def __init__(self, directory: Path, held: Sequence[bytes] = BLOBS) -> None:
         self._directory = directory
-        self.held = {sha256_hex(data): data for data in held}
+        self.held: dict[str, bytes] = {sha256_hex(data): data for data in held}
         self.tokens: dict[str, str] = {}
         self.fetched: list[str] = []
         self.gate = asyncio.Event()

@@ -55,17 +55,6 @@ STAKE_MICROS = 5_000_000
 MAX_RSS_KIB = 700 * 1024
 ENVIRONMENT = EnvSpec(id="addition")
 LORA = LoraSpec(r=8, alpha=16)
-PROGRAM = """
-import asyncio, json, sys
-from shoal.worker.config import load_config
-from shoal.worker.main import run_worker
-from shoal.protocol.errors import ShoalError
-try:
-    asyncio.run(run_worker(load_config(None, {}, json.loads(sys.argv[1]))))
-except ShoalError as error:
-    print(error.message)
-    sys.exit(error.exit_code)
-"""
 
 
 @dataclass
@@ -233,8 +222,9 @@ async def _serve_api(world: Market, stack: AsyncExitStack) -> str:
 
 @asynccontextmanager
 async def worker_process(options: dict[str, Any]) -> AsyncIterator[asyncio.subprocess.Process]:
+    pairs = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PROGRAM, json.dumps(options), stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "shoal.worker", *pairs, stderr=asyncio.subprocess.PIPE
     )
     try:
         yield process
@@ -353,12 +343,14 @@ def test_a_worker_stakes_works_is_paid_and_leaves(tmp_path: Path) -> None:
 def test_a_worker_without_stake_ends_with_one_sentence(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with market(tmp_path) as world:
-            options = world.options(tmp_path / "worker") | {"stake": None}
+            options = world.options(tmp_path / "worker")
+            del options["stake"]
             async with worker_process(options) as process:
                 async with asyncio.timeout(60):
-                    said, _ = await process.communicate()
+                    _, said = await process.communicate()
                 assert process.returncode == Unauthorised.exit_code
-                assert b"--stake 5.00" in said
-                assert said.count(b"\n") == 1
+                error = json.loads(said)
+                assert (error["error"], error["code"]) == ("Unauthorised", "no_stake")
+                assert "--stake 5.00" in error["message"]
 
     asyncio.run(scenario())

@@ -50,9 +50,7 @@ def test_logprobs_equal_an_unbatched_forced_pass(lab: Lab, temperature: float) -
         prompts, max_tokens=12, temperature=temperature, uniforms_bt=uniforms
     )
     with torch.inference_mode():
-        for prompt, tokens, logprobs in zip(
-            prompts, drawn.token_ids, drawn.logprobs, strict=True
-        ):
+        for prompt, tokens, logprobs in zip(prompts, drawn.token_ids, drawn.logprobs, strict=True):
             row = torch.tensor([[*prompt, *tokens.tolist()]])
             logits = lab.policy.model(input_ids=row).logits[0, len(prompt) - 1 : -1]
             forced = torch.log_softmax(logits / temperature, dim=-1).gather(
@@ -89,9 +87,7 @@ def test_rows_end_at_the_first_end_token(lab: Lab) -> None:
 
 def test_greedy_takes_the_likeliest_token(lab: Lab) -> None:
     prompt = lab.policy.encode_prompt("12+34=")
-    drawn = lab.policy.engine.generate(
-        [prompt], max_tokens=3, temperature=1.0, uniforms_bt=None
-    )
+    drawn = lab.policy.engine.generate([prompt], max_tokens=3, temperature=1.0, uniforms_bt=None)
     with torch.inference_mode():
         logits = lab.policy.model(input_ids=torch.tensor([prompt])).logits[0, -1]
     assert drawn.token_ids[0][0] == int(logits.argmax())
@@ -178,9 +174,7 @@ def test_saved_folder_opens_with_stock_peft(lab: Lab, tmp_path: Path) -> None:
     ).eval()
     row = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("12+34=")["input_ids"]])
     with torch.inference_mode():
-        assert torch.equal(
-            stock(input_ids=row).logits, lab.policy.model(input_ids=row).logits
-        )
+        assert torch.equal(stock(input_ids=row).logits, lab.policy.model(input_ids=row).logits)
         with lab.policy.model.disable_adapter():
             assert not torch.equal(
                 stock(input_ids=row).logits, lab.policy.model(input_ids=row).logits
@@ -233,9 +227,7 @@ def test_a_folder_without_safetensors_is_unreachable(tmp_path: Path) -> None:
         resolve_base(str(tmp_path), tmp_path, allow_local=True)
 
 
-def test_a_silent_hub_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_hub_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -37,9 +37,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def groups(lab: Lab) -> list[Group]:
     task = lab.plan.rollout(0, lab.version(), range(4))
     prompts = encode_prompts(lab.policy, lab.environments, task.prompts, Split.TRAIN)
-    limits = RowLimits(
-        num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size
-    )
+    limits = RowLimits(num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size)
     payload = RolloutPayload.decode(run_rollout(lab.policy, task, lab.environments), limits)
     return make_groups(payload, prompts, spread_rewards(16), 4, lab.plan.spec.loss)
 
@@ -57,7 +55,7 @@ def test_slices_sum_to_the_single_process_gradient(lab: Lab, groups: list[Group]
     parts = [gradient_of(lab, part) for part in slice_groups(groups, 3)]
     assert len(parts) == 3
     total = GradientPayload(
-        gradients={n: sum(p.gradients[n] for p in parts) for n in whole.gradients},
+        gradients={n: np.sum([p.gradients[n] for p in parts], axis=0) for n in whole.gradients},
         stats=sum((p.stats for p in parts), GradientStats()),
     )
     assert whole.norm() > 0

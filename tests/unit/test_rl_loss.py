@@ -13,9 +13,7 @@ from shoal.protocol.job import AdvantageScale, LossSpec
 from shoal.rl.advantage import group_advantages
 from shoal.rl.loss import loss_sums
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "vectors" / "trl_dapo_losses.json").read_text()
-)
+GOLDEN = json.loads((Path(__file__).parents[1] / "vectors" / "trl_dapo_losses.json").read_text())
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -213,9 +213,7 @@ def test_a_result_that_contradicts_its_task_is_refused(
     assert verify(lab, task, honest, change).accepted
 
 
-def test_claimed_rewards_earn_nothing(
-    lab: Lab, task: RolloutTask, honest: RolloutPayload
-) -> None:
+def test_claimed_rewards_earn_nothing(lab: Lab, task: RolloutTask, honest: RolloutPayload) -> None:
     boast = replace(honest, rewards=np.ones(16, dtype=np.float32))
     checked = verify(lab, task, boast)
     assert checked.rewards is not None
@@ -232,9 +230,7 @@ def test_another_versions_samples_are_refused(lab: Lab) -> None:
     stale_lab = Lab(lab.folder, stale, lab.environments, lab.plan)
     claimed = lab.plan.rollout(0, lab.version(), range(4))
     really = claimed.model_copy(update={"policy": stale_lab.version(0)})
-    payload = RolloutPayload.decode(
-        run_rollout(stale, really, lab.environments), limits_of(lab, 4)
-    )
+    payload = RolloutPayload.decode(run_rollout(stale, really, lab.environments), limits_of(lab, 4))
     assert failed(verify(lab, claimed, payload)) is CheckName.LOGPROBS
     assert verify(lab, claimed, payload, audit=False).accepted
 

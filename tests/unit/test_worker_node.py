@@ -236,8 +236,9 @@ def test_a_bid_receipt_signed_by_another_is_not_kept(
     async def script(world: World) -> None:
         world.double.account = EthAccount.create()
         await world.join()
-        await world.next(world.double.inbox.bids)
-        await world.next(world.double.inbox.beats)
+        # A fourth bid is the first one sent anew: no receipt for it was kept.
+        for _ in range(len(TaskKind) + 1):
+            await world.next(world.double.inbox.bids)
 
     drive(script)
     assert events(caplog, "bid_failed")
@@ -253,8 +254,12 @@ def test_a_verdict_signed_by_another_is_neither_kept_nor_acknowledged(
         message = await world.next(world.double.inbox.results)
         forged = world.double.verdict(message, EthAccount.create())
         world.double.beat = world.double.beat.model_copy(update={"verdicts": (forged,)})
-        for _ in range(3):
-            assert (await world.next(world.double.inbox.beats)).acknowledged == ()
+        beats = world.double.inbox.beats
+        while not beats.empty():
+            beats.get_nowait()
+        # The second of these is sent once the answer to the first has been read.
+        for _ in range(2):
+            assert (await world.next(beats)).acknowledged == ()
 
     drive(script)
     assert events(caplog, "verdict_not_signed")

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SETTLE_TIMEOUT_S = 90.0
 """From the job's end to the last claim: an epoch, a claim interval, and slack."""
 _POLL_S = 0.25
+_LAST_WORDS_S = 3.0
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _KEPT = ("adapter", "summary.json", "metrics.jsonl", "bundle.json")
 
@@ -127,7 +128,9 @@ async def run_demo(options: DemoOptions, output: Output) -> DemoSummary:
         work = asyncio.ensure_future(run.execute())
         try:
             await asyncio.wait((watched, work), return_when=asyncio.FIRST_COMPLETED)
-            # Whichever failed first is the cause.
+            if work.done() and isinstance(work.exception(), Unavailable):
+                # Perhaps only because a process is just dying; its last words say more.
+                await asyncio.wait((watched,), timeout=_LAST_WORDS_S)
             if watched.done():
                 watched.result()
             return work.result()

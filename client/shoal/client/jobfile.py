@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from shoal.protocol.errors import InvalidRequest, NotFound
 from shoal.protocol.job import JobSpec
 from shoal.protocol.money import MAX_MICROS, format_dollars, parse_dollars
+from shoal.protocol.record import MAX_INT
 
 _MAX_FILE_BYTES = 1 << 20
 _PRICED = ("rollout", "gradient", "evaluate")
@@ -264,6 +265,9 @@ class _Reader:
             self._fail(f"{key} is {_found(value)}", "give a text, a number, true or false")
         if isinstance(value, float) and not math.isfinite(value):
             self._fail(f"{key} is {value}", "give a finite number")
+        # Beyond this JSON's numbers are no longer exact.
+        if isinstance(value, int) and abs(value) > MAX_INT:
+            self._fail(f"{key} is {_found(value)}", f"give at most {MAX_INT}")
 
     def _explain(self, error: ValidationError) -> NoReturn:
         fault = error.errors(include_url=False, include_context=False)[0]

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from shoal.protocol.ids import Address, Hex32
 from shoal.protocol.money import MicrosField
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 
 ZERO_ADDRESS = "0x" + "0" * 40
 
@@ -27,12 +27,12 @@ class Deployment(Record):
         31337
     """
 
-    chain_id: int = Field(gt=0, lt=2**63)
+    chain_id: int = Field(gt=0, le=MAX_INT)
     token: Address
     stake_vault: Address
     job_escrow: Address
     provenance_log: Address
-    block_number: int = Field(ge=0, lt=2**63)
+    block_number: int = Field(ge=0, le=MAX_INT)
     """Block of the first contract: logs are never searched below it."""
 
 

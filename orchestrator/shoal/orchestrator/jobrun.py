@@ -236,7 +236,6 @@ class JobRun:
                     num_train_tasks=environment.num_tasks(Split.TRAIN),
                     num_eval_tasks=environment.num_tasks(Split.EVAL),
                 ),
-                contributor=self.learner.job.requester,
             )
             for spec, environment in zip(
                 self.learner.spec.environments, self.learner.environments, strict=True

@@ -107,9 +107,7 @@ class Journal:
         self._open_epoch[job_id] = closed + 1
         return closed
 
-    def state(
-        self, job_id: str, kind: StatementKind, statement: bytes, contributor: str | None = None
-    ) -> StatementRow:
+    def state(self, job_id: str, kind: StatementKind, statement: bytes) -> StatementRow:
         """A row for a statement the orchestrator's node signs.
 
         The caller adds the row to the transaction that makes the stated fact true.
@@ -119,9 +117,7 @@ class Journal:
             key_id=self._context.identity.peer_id,
             sign=self._context.identity.sign,
         )
-        return self.statement_row(
-            job_id, kind, envelope, contributor or self._context.account.address
-        )
+        return self.statement_row(job_id, kind, envelope, self._context.account.address)
 
     def statement_row(
         self, job_id: str, kind: StatementKind, envelope: Envelope, contributor: str

@@ -30,7 +30,7 @@ from shoal.rl.environments import Environment, Split, load_environment
 
 BUILTIN_PREFIX = "builtin:"
 _IGNORED = -100
-_EXAMPLES = 16_384
+_EXAMPLES = 8_192
 _PROMPTS_READ = 64
 
 OnStep = Callable[[int, int], None]
@@ -50,7 +50,7 @@ class WarmStart(Record):
 
 
 RECIPES: dict[str, WarmStart] = {
-    "tiny-addition": WarmStart(environment=EnvSpec(id="addition"), steps=215),
+    "tiny-addition": WarmStart(environment=EnvSpec(id="addition"), steps=170),
     "tiny-chain-sum": WarmStart(
         environment=EnvSpec(
             id="reasoning_gym:chain_sum",
@@ -153,13 +153,12 @@ def _examples(
     random = np.random.Generator(np.random.Philox(key=seed + 1))
     count = min(size, _EXAMPLES)
     indices = random.permutation(size) if size <= _EXAMPLES else random.integers(size, size=count)
-    rows, labels = [], []
-    for index in indices.tolist():
-        prompt = tokenizer(environment.prompt(Split.TRAIN, index))["input_ids"]
-        answer = tokenizer(environment.answer(Split.TRAIN, index))["input_ids"]
-        answer = [*answer, tokenizer.eos_token_id]
-        rows.append([*prompt, *answer])
-        labels.append([_IGNORED] * len(prompt) + answer)
+    prompts = tokenizer([environment.prompt(Split.TRAIN, i) for i in indices.tolist()])["input_ids"]
+    answers = tokenizer([environment.answer(Split.TRAIN, i) for i in indices.tolist()])["input_ids"]
+    end = [tokenizer.eos_token_id]
+    pairs = list(zip(prompts, answers, strict=True))
+    rows = [[*prompt, *answer, *end] for prompt, answer in pairs]
+    labels = [[_IGNORED] * len(prompt) + [*answer, *end] for prompt, answer in pairs]
     width = max(map(len, rows))
     labels = [row + [_IGNORED] * (width - len(row)) for row in labels]
     return padded(rows, width), torch.tensor(labels)
