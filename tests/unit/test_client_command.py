@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -25,7 +26,7 @@ from shoal.protocol.errors import (
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch):
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Makes every command line raise the exception given."""
 
     def install(error: BaseException) -> None:
@@ -49,7 +50,12 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         (click.Abort(), 130),
     ],
 )
-def test_each_error_has_its_exit_code(failing, capsys, error: BaseException, code: int) -> None:
+def test_each_error_has_its_exit_code(
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+) -> None:
     failing(error)
     assert command.run(["jobs"]) == code
     captured = capsys.readouterr()
@@ -58,7 +64,9 @@ def test_each_error_has_its_exit_code(failing, capsys, error: BaseException, cod
         assert captured.err == f"shoal: {error.message}\n"
 
 
-def test_errors_are_json_when_json_is_asked(failing, capsys) -> None:
+def test_errors_are_json_when_json_is_asked(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     failing(OverBudget("No money.", balance_micros=3))
     assert command.run(["jobs", "--json"]) == 5
     captured = capsys.readouterr()
@@ -71,7 +79,11 @@ def test_errors_are_json_when_json_is_asked(failing, capsys) -> None:
     }
 
 
-def test_a_defect_shows_a_sentence_and_keeps_the_trace(failing, capsys, monkeypatch) -> None:
+def test_a_defect_shows_a_sentence_and_keeps_the_trace(
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv(command.DEBUG_VARIABLE, raising=False)
     failing(ZeroDivisionError("inside"))
     assert command.run(["jobs", "--json"]) == 1
@@ -82,30 +94,36 @@ def test_a_defect_shows_a_sentence_and_keeps_the_trace(failing, capsys, monkeypa
     log.unlink()
 
 
-def test_debug_shows_the_trace(failing, capsys, monkeypatch) -> None:
+def test_debug_shows_the_trace(
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv(command.DEBUG_VARIABLE, "1")
     failing(InvalidRequest("The job is wrong."))
     assert command.run(["jobs"]) == 3
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_misspelt_command_is_answered_with_the_nearest(capsys) -> None:
+def test_a_misspelt_command_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert command.run(["submti"]) == 2
     assert "Did you mean 'submit'?" in capsys.readouterr().err
 
 
-def test_an_unknown_option_is_a_usage_error(capsys) -> None:
+def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(["version", "--bogus"]) == 2
     assert "--bogus" in capsys.readouterr().err
 
 
-def test_version_in_json(capsys) -> None:
+def test_version_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(["version", "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"version", "protocol_version"}
 
 
 @pytest.mark.parametrize("name", [n for n in command._COMMANDS if n != "orchestrate"])
-def test_every_command_explains_itself(capsys, name: str) -> None:
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert command.run([name, "--help"]) == 0
     assert "Usage: shoal" in capsys.readouterr().out
 
@@ -116,29 +134,31 @@ def test_orchestrate_is_listed() -> None:
     )
 
 
-def test_without_a_devnet_the_sentence_says_what_to_do(tmp_path, monkeypatch, capsys) -> None:
+def test_without_a_devnet_the_sentence_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SHOAL_URL", raising=False)
     assert command.run(["jobs"]) == 1
     assert "shoal up" in capsys.readouterr().err
 
 
-def test_a_url_that_is_none(capsys) -> None:
+def test_a_url_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(["jobs", "--url", "localhost:1"]) == 3
     assert "'localhost:1'" in capsys.readouterr().err
 
 
-def test_a_missing_job_file(capsys, tmp_path) -> None:
+def test_a_missing_job_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command.run(["submit", str(tmp_path / "none.toml")]) == 3
     assert "none.toml" in capsys.readouterr().err
 
 
-def test_a_missing_bundle(capsys, tmp_path) -> None:
+def test_a_missing_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command.run(["provenance", "verify", str(tmp_path / "bundle.json")]) == 3
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_a_malformed_head(capsys, tmp_path) -> None:
+def test_a_malformed_head(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.json"
     assert command.run(["provenance", "verify", str(bundle), "--head", "0x12"]) == 3
     assert "--head" in capsys.readouterr().err

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from shoal.protocol.errors import Unavailable
+from shoal.protocol.process import end_with_parent
 
 STOP_GRACE_S = 8.0
 _TAIL_BYTES = 8192
 _MAX_SENTENCE_CHARS = 400
-_PR_SET_PDEATHSIG = 1
-"""Source: prctl(2)."""
 
 
 class Child:
@@ -64,7 +61,7 @@ class Child:
                     stderr=log,
                     env={**os.environ, **(environment or {})},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),
+                    preexec_fn=end_with_parent(),
                 )
         except OSError as error:
             raise Unavailable(
@@ -139,22 +136,3 @@ def _sentence(line: str) -> str:
             if isinstance(event.get(key), str):
                 return str(event[key])
     return line
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its program, so that it ends if this process is killed.
-
-    Everything is looked up here: between fork and exec only system calls may be made.
-    Elsewhere than on Linux there is no such call and a killed devnet leaves its children.
-    """
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return in_child

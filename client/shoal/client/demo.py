@@ -237,6 +237,9 @@ class _DemoRun:
         totals = await gateway.totals()
         head, _ = await gateway.provenance_head(job_id)
         report = check_bundle(out / "bundle.json", out / "adapter", head)
+        failure = report.failure()
+        if failure is not None:
+            self._output.say(f"[red]provenance, step {failure.name}: {failure.detail}[/red]")
         if len(view.evaluations) < 2:
             raise Unavailable(
                 "The orchestrator reports fewer than two evaluations of a complete job; its log "

@@ -47,7 +47,8 @@ _POLL_S = 0.1
 class DevnetOptions:
     """What a devnet is told; ports of 0 take a free one.
 
-    ``threads`` is how many processor threads each worker computes with.
+    ``threads`` is how many processor threads each worker computes with.  An absent
+    ``models_dir`` is the user's cache, so that a built-in base is built once.
     """
 
     data_dir: Path
@@ -55,6 +56,7 @@ class DevnetOptions:
     api_port: int = 0
     chain_port: int = 0
     threads: int = 1
+    models_dir: Path | None = None
 
 
 class Devnet:
@@ -240,6 +242,7 @@ class Devnet:
                 "deployment_file": folder.deployment,
                 "key_file": folder.orchestrator_key,
                 "api_port": int(api_url.rpartition(":")[2]),
+                "models_dir": self.options.models_dir or default_models_dir(),
                 "min_stake_micros": MIN_STAKE_MICROS,
                 # Requester and operator are the same person here.
                 "allow_local_models": True,
@@ -300,6 +303,15 @@ class Devnet:
                 f"are in {self.folder.root}.",
                 code="start_timeout",
             ) from None
+
+
+def default_models_dir() -> Path:
+    """Where this user's base models are cached.
+
+    Source: XDG Base Directory Specification, ``XDG_CACHE_HOME``.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "shoal/models"
 
 
 def module_command(module: str, config: Path, *extra: str) -> list[str]:

@@ -55,7 +55,7 @@ class WorkerProfile:
     niceness: int
 
 
-# Each asks more and holds less than the one before it, and yields the processor sooner:
+# Each asks more and holds no more than the one before it, and yields the processor sooner:
 # different prices and different speeds.
 _PROFILES = (
     ("0.0008", "0.0001", "0.00001", 32, 0),

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +22,7 @@ from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
 
 from shoal.protocol.errors import InvalidRequest, Unavailable
+from shoal.protocol.process import end_with_parent
 
 CHAIN_ID = 31337
 """Anvil's own; no public chain has it."""
@@ -39,8 +37,6 @@ of ten trials; after this pause in none of ten."""
 _POLL_S = 0.02
 _MAX_LOG_BYTES = 65_536
 _PORT_ATTEMPTS = 3
-_PR_SET_PDEATHSIG = 1
-"""Source: prctl(2)."""
 _INSTALL = "`npm ci --prefix tools/chain --ignore-scripts` in the checkout"
 
 
@@ -152,7 +148,7 @@ class Anvil:
                 stderr=log,
                 # A session of its own: Ctrl-C reaches us alone, and we stop the chain last.
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=end_with_parent(),
             )
 
     async def _wait_ready(self, process: asyncio.subprocess.Process) -> None:
@@ -252,22 +248,3 @@ def _claim_port(port: int) -> int:
                 port=port,
             ) from error
         return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child runs before it becomes anvil; None where the kernel cannot do it.
-
-    Everything is looked up here, in the parent: between fork and exec only the system calls
-    may be made.
-    """
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return in_child

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import aiohttp
 from shoal.network.blob_parts import PartialBlob
 from shoal.network.blob_store import BlobStore, chunk_sizes
 from shoal.protocol.blob import CHUNK_BYTES, BlobRef
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import (
     Clock,
     Expired,
@@ -354,8 +354,8 @@ async def _refusal(answer: aiohttp.ClientResponse) -> ShoalError:
     """The error the holder answered with, or one that says what it answered instead."""
     body = await answer.content.read(_MAX_ERROR_BYTES)
     try:
-        return error_from_wire(json.loads(body))
-    except (ValueError, RecursionError):
+        return error_from_wire(parse_json(body))
+    except ValueError:
         return Unavailable(
             f"The holder answered with HTTP status {answer.status}.", code="http_status"
         )

@@ -11,6 +11,7 @@ import struct
 from enum import IntEnum
 from typing import Final
 
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import (
     InvalidRequest,
     PeerFault,
@@ -87,8 +88,8 @@ def encode_error(error: ShoalError) -> bytes:
 def decode_error(body: bytes) -> ShoalError:
     """The error a peer sent; never an exception of the peer's choosing."""
     try:
-        return error_from_wire(json.loads(body))
-    except (ValueError, RecursionError):
+        return error_from_wire(parse_json(body))
+    except ValueError:
         return PeerFault("The peer answered with an error that is not JSON.", code="bad_frame")
 
 

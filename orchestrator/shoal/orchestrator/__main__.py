@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import logging
-import os
 import sys
 from pathlib import Path
 
 from shoal.orchestrator.config import load_config
-from shoal.protocol.errors import InvalidRequest, ShoalError
+from shoal.protocol.errors import ShoalError
 from shoal.protocol.logs import configure_logs
+from shoal.protocol.process import parse_pairs, report_error
 
 
 def main() -> int:
@@ -20,11 +18,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="shoal orchestrate", description=__doc__)
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="pairs")
+    parser.add_argument("--json", action="store_true", help="errors as JSON")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
     arguments = parser.parse_args()
     configure_logs()
     try:
-        config = load_config(arguments.config, dict(_pair(pair) for pair in arguments.pairs))
+        config = load_config(arguments.config, parse_pairs(arguments.pairs))
         if arguments.dry_run:
             sys.stdout.write(config.model_dump_json(indent=2) + "\n")
             return 0
@@ -32,18 +31,8 @@ def main() -> int:
 
         asyncio.run(run_orchestrator(config))
     except ShoalError as error:
-        if os.environ.get("SHOAL_DEBUG"):
-            logging.getLogger(__name__).exception("stopped")
-        sys.stderr.write(json.dumps(error.to_wire()) + "\n")
-        return error.exit_code
+        return report_error("shoal orchestrate", error, as_json=arguments.json)
     return 0
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise InvalidRequest(f"--set {text!r} has no '='; write --set key=value.")
-    return key, value
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ class OrchestratorConfig(BaseModel):
     """Everything one orchestrator process is told at its start.
 
     An absent ``database_url`` means SQLite (WAL) inside ``data_dir``; Postgres is
-    ``postgresql+psycopg://…``.  Ports of 0 take a free one.  ``allow_local_models`` lets a
+    ``postgresql+psycopg://…``.  Bases are kept in ``models_dir``, or inside ``data_dir``.
+    Ports of 0 take a free one.  ``allow_local_models`` lets a
     job name a path on this machine: safe only where requester and operator are the same.
     """
 
@@ -34,6 +35,7 @@ class OrchestratorConfig(BaseModel):
     blob_host: str = "127.0.0.1"
     blob_port: int = Field(default=0, ge=0, le=65535)
     public_host: str = "127.0.0.1"
+    models_dir: Path | None = None
     blob_cache_bytes: int = Field(default=20 << 30, ge=1 << 20)
     allow_local_models: bool = False
     min_stake_micros: int = Field(default=1_000_000, ge=0)
@@ -43,6 +45,10 @@ class OrchestratorConfig(BaseModel):
     start_timeout_ms: int = Field(default=10_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
     max_attempts: int = Field(default=8, ge=1)
+
+    def resolved_models_dir(self) -> Path:
+        """Where bases are kept, with the default written out."""
+        return self.models_dir or self.data_dir / "models"
 
     def resolved_database_url(self) -> str:
         """The database's URL, with the default written out."""

@@ -87,6 +87,7 @@ class Dispatcher:
         self._settler = settler
         self._live: dict[LeaseId, LiveLease] = {}
         self._offers: set[asyncio.Task[None]] = set()
+        self._fewer = asyncio.Event()
         self.submissions: asyncio.Queue[Submission] = asyncio.Queue()
         self.on_capacity: Callable[[], None] = lambda: None
         """Called when units may be auctioned again."""
@@ -213,7 +214,7 @@ class Dispatcher:
     async def end(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         """The lease is over without a paid result: money freed, units wait again."""
         self._change(live, record)
-        del self._live[LeaseId(live.lease.lease_id)]
+        self._forget(live)
         self._settler.ledger(live.lease.job_id).release(live.lease.lease_id)
         await self._context.database.run(lambda session: _store(session, record))
         _log.info(
@@ -362,7 +363,17 @@ class Dispatcher:
         if record.state is not LeaseState.ACCEPTED:
             raise InvariantBroken(f"Lease {live.lease.lease_id} is concluded as {record.state}.")
         self._change(live, record)
+        self._forget(live)
+
+    def _forget(self, live: LiveLease) -> None:
         self._live.pop(LeaseId(live.lease.lease_id), None)
+        self._fewer.set()
+        self._fewer = asyncio.Event()
+
+    async def drained(self, job_id: str) -> None:
+        """Waits until no lease of the job is live."""
+        while self.live_leases(job_id):
+            await self._fewer.wait()
 
     async def close(self) -> None:
         """Waits for offers under way to end."""

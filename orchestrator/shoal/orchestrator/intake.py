@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -75,7 +74,7 @@ class Intake:
             environment.num_tasks(Split.TRAIN)
         folder = fetch_base(
             spec.model,
-            self.models_dir,
+            self._context.config.resolved_models_dir(),
             allow_local=self._context.config.allow_local_models,
         )
         base = describe_base(
@@ -88,11 +87,6 @@ class Intake:
                 code="model_changed",
             )
         return base
-
-    @property
-    def models_dir(self) -> Path:
-        """Where bases are kept."""
-        return self._context.config.data_dir / "models"
 
     async def find(self, job_id: str) -> JobRow | None:
         """The job, or None."""

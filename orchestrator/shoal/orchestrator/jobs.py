@@ -28,7 +28,6 @@ from shoal.rl.base_models import fetch_base
 
 _log = logging.getLogger(__name__)
 
-_DRAIN_POLL_S = 0.1
 _CHAIN_RETRY_S = 1.0
 
 
@@ -151,7 +150,7 @@ class Jobs:
     def _load(self, job: Job, base: BaseModelRef) -> Learner:
         folder = fetch_base(
             job.spec.model,
-            self._context.config.data_dir / "models",
+            self._context.config.resolved_models_dir(),
             allow_local=self._context.config.allow_local_models,
         )
         return Learner(job, base, folder, self.run_dir(job.job_id()))
@@ -165,8 +164,7 @@ class Jobs:
         await self._set_state(job_id, JobState.DRAINING, "settling")
         self._auctioneer.withdraw(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has ended")
-        while self._dispatcher.live_leases(job_id):
-            await asyncio.sleep(_DRAIN_POLL_S)
+        await self._dispatcher.drained(job_id)
 
     async def _settle_fully(self, job_id: str) -> None:
         while True:

@@ -42,7 +42,11 @@ class LocalStep:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRun:
-    """A finished local run; rewards are held-out and greedy."""
+    """A finished local run; rewards are held-out and greedy.
+
+    ``wall_s`` and ``cpu_s`` cover updates and evaluations, at the versions at which the
+    market's job has them.
+    """
 
     reward_before: float
     reward_after: float
@@ -75,20 +79,22 @@ class _LocalJob:
         self.adapters = [self.policy.adapter_bytes()]
 
     def run(self, on_step: Callable[[LocalStep], None] | None) -> LocalRun:
-        before = self.evaluate()
         wall_s, cpu_s = time.perf_counter(), time.process_time()
-        steps = []
-        for batch in range(self.spec.max_steps):
+        spec, steps = self.spec, []
+        evaluations = {0: self.evaluate()}
+        for batch in range(spec.max_steps):
             steps.append(self.step(batch))
             if on_step:
                 on_step(steps[-1])
-        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+            version = batch + 1
+            if version % spec.evaluation.interval == 0 or version == spec.max_steps:
+                evaluations[version] = self.evaluate()
         return LocalRun(
-            reward_before=before,
-            reward_after=self.evaluate(),
+            reward_before=evaluations[0],
+            reward_after=evaluations[spec.max_steps],
             steps=tuple(steps),
-            wall_s=wall_s,
-            cpu_s=cpu_s,
+            wall_s=time.perf_counter() - wall_s,
+            cpu_s=time.process_time() - cpu_s,
             adapter=self.adapters[-1],
         )
 

@@ -10,7 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from shoal.protocol.errors import InvalidRequest, ShoalError
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.process import parse_pairs, report_error
 from shoal.worker.config import describe_config, load_config
 
 
@@ -20,10 +21,11 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="pairs")
     parser.add_argument("--claim", action="store_true", help="claim what is owed and stop")
+    parser.add_argument("--json", action="store_true", help="errors as JSON")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
     arguments = parser.parse_args()
     try:
-        options = dict(_pair(pair) for pair in arguments.pairs)
+        options = parse_pairs(arguments.pairs)
         config = load_config(arguments.config, os.environ, options)
         if arguments.dry_run:
             sys.stdout.write(json.dumps(describe_config(config), indent=2) + "\n")
@@ -36,20 +38,10 @@ def main() -> int:
         else:
             asyncio.run(run_worker(config))
     except ShoalError as error:
-        if os.environ.get("SHOAL_DEBUG"):
-            logging.getLogger(__name__).exception("stopped")
-        sys.stderr.write(json.dumps(error.to_wire()) + "\n")
-        return error.exit_code
+        return report_error("shoal worker", error, as_json=arguments.json)
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise InvalidRequest(f"--set {text!r} has no '='; write --set key=value.")
-    return key, value
 
 
 if __name__ == "__main__":

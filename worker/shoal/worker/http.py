@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import PeerFault, Unavailable
 
 _TIMEOUT_S: Final = 10.0
@@ -44,8 +44,8 @@ async def get_json(url: str) -> Any:
             code="api_unreachable",
         ) from error
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
+        return parse_json(body)
+    except ValueError:
         raise PeerFault(f"{url} answered with something that is not JSON.") from None
 
 

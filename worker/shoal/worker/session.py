@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,6 +12,7 @@ from eth_account.signers.local import LocalAccount
 
 from shoal.network.identity import NodeIdentity
 from shoal.network.port import Network
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import InvalidRequest, PeerFault, Unavailable
 from shoal.protocol.ids import Account, PeerId
 from shoal.protocol.node import (
@@ -227,8 +227,8 @@ def _require_same_version(reply: bytes) -> None:
     # Read before the greeting as a whole: another version's greeting has other fields, and
     # its owner should hear about the version, not about a field.
     try:
-        raw: Any = json.loads(reply)
-    except (ValueError, RecursionError):
+        raw: Any = parse_json(reply)
+    except ValueError:
         return
     theirs = raw.get("protocol_version") if isinstance(raw, dict) else None
     if not isinstance(theirs, int) or theirs == PROTOCOL_VERSION:

@@ -1,0 +1,1 @@
+"""Measurements behind the speed claims; each folder's README holds its figures."""

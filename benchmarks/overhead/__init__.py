@@ -1,0 +1,1 @@
+"""What the market costs over the same updates in one process."""

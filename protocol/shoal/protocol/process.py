@@ -1,0 +1,66 @@
+"""What every program of Shoal does the same way at its edge: options, errors, its parent's end."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from shoal.protocol.errors import InvalidRequest, ShoalError
+
+DEBUG_VARIABLE = "SHOAL_DEBUG"
+_PR_SET_PDEATHSIG = 1
+"""Source: prctl(2)."""
+
+_log = logging.getLogger(__name__)
+
+
+def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """``["key=value", …]`` as a mapping.
+
+    Raises:
+        InvalidRequest: one has no ``=``.
+    """
+    options = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise InvalidRequest(f"--set {pair!r} has no '='; write --set key=value.")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def report_error(program: str, error: ShoalError, *, as_json: bool) -> int:
+    """The error is on standard error, as one sentence or as JSON; its exit code.
+
+    ``SHOAL_DEBUG=1`` adds the traceback.
+    """
+    if os.environ.get(DEBUG_VARIABLE):
+        _log.exception("stopped")
+    line = json.dumps(error.to_wire()) if as_json else f"{program}: {error.message}"
+    sys.stderr.write(line + "\n")
+    return error.exit_code
+
+
+def end_with_parent() -> Callable[[], None] | None:
+    """What a child process runs before its program, so that it ends if this one is killed.
+
+    Everything is looked up here: between fork and exec only system calls may be made.  The
+    kernel means the *thread* that starts the child.  Elsewhere than on Linux there is no
+    such call, None is returned, and a killed parent leaves its children running.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def in_child() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return in_child
