@@ -10,11 +10,11 @@ from learning_fixtures import Lab, make_spec, spread_rewards, write_base
 
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, NotFound
-from shoal.protocol.job import OptimizerSpec
+from shoal.protocol.job import CheckpointSpec, OptimizerSpec
 from shoal.rl import gradient as gradient_module
 from shoal.rl.aggregation import AdapterOptimizer, scheduled_rate
 from shoal.rl.batch import GradientPayload, GradientStats, RolloutPayload, RowLimits
-from shoal.rl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from shoal.rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from shoal.rl.environments import Split
 from shoal.rl.gradient import (
     Group,
@@ -121,8 +121,8 @@ def test_resume_is_bit_equal(lab: Lab, groups: list[Group], tmp_path: Path) -> N
     payload = gradient_of(lab, groups)
     spec = lab.plan.spec
     straight = Policy.load(lab.folder, spec.lora, seed=0)
-    optimizer = AdapterOptimizer(straight, spec.optimizer, 4)
-    for step in range(1, 3):
+    optimizer = AdapterOptimizer(straight, spec.optimizer, 8)
+    for step in range(1, 5):
         optimizer.apply([payload], 50)
         save_checkpoint(
             tmp_path,
@@ -130,17 +130,18 @@ def test_resume_is_bit_equal(lab: Lab, groups: list[Group], tmp_path: Path) -> N
             step,
             adapter=straight.adapter_bytes(),
             optimizer=optimizer.state_bytes(),
-            keep_last=1,
+            keep=CheckpointSpec(interval=2, keep_last=1),
         )
     optimizer.apply([payload], 50)
 
-    folder = latest_checkpoint(tmp_path)
+    folder = newest_checkpoint(tmp_path, 4)
     assert folder is not None
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000003", folder.name]
+    assert newest_checkpoint(tmp_path, 3) == tmp_path / "step-0000003"
     saved = load_checkpoint(folder)
     resumed = Policy.load(lab.folder, spec.lora, seed=77)
     resumed.load_adapter(saved.adapter)
-    again = AdapterOptimizer(resumed, spec.optimizer, 4)
+    again = AdapterOptimizer(resumed, spec.optimizer, 8)
     again.load_state(saved.optimizer)
     again.apply([payload], 50)
     assert again.step == optimizer.step
@@ -148,13 +149,13 @@ def test_resume_is_bit_equal(lab: Lab, groups: list[Group], tmp_path: Path) -> N
 
     forgetful = Policy.load(lab.folder, spec.lora, seed=77)
     forgetful.load_adapter(saved.adapter)
-    AdapterOptimizer(forgetful, spec.optimizer, 4).apply([payload], 50)
+    AdapterOptimizer(forgetful, spec.optimizer, 8).apply([payload], 50)
     assert forgetful.adapter_bytes() != straight.adapter_bytes()
 
 
 def test_damaged_checkpoints_are_refused(lab: Lab, tmp_path: Path) -> None:
     folder = save_checkpoint(
-        tmp_path, lab.plan.job_id, 1, adapter=b"a", optimizer=b"o", keep_last=2
+        tmp_path, lab.plan.job_id, 1, adapter=b"a", optimizer=b"o", keep=CheckpointSpec()
     )
     (folder / "optimizer.safetensors").write_bytes(b"x")
     with pytest.raises(InvalidRequest, match="manifest"):
@@ -162,7 +163,7 @@ def test_damaged_checkpoints_are_refused(lab: Lab, tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(NotFound, match="adapter_model"):
         load_checkpoint(folder)
-    assert latest_checkpoint(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path / "none", 1) is None
 
 
 def test_foreign_optimizer_state_is_refused(lab: Lab) -> None:

@@ -9,7 +9,7 @@ Axes: ``p`` distinct prompt, ``b`` row (completion), ``t`` position, ``v`` vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,13 @@ def completion_logits_btv(
 
 def padded(rows: Sequence[Tokens], width: int) -> torch.Tensor:
     """``rows`` as one integer tensor, zeros on the right."""
+    flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
     ids_bt = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids_bt[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+    ids_bt[row_mask(rows, width)] = torch.from_numpy(flat)
     return ids_bt
+
+
+def row_mask(rows: Sequence[Sized], width: int) -> torch.Tensor:
+    """True where a row of ``rows``, padded on the right to ``width``, has an element."""
+    lengths_b1 = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return torch.arange(width) < lengths_b1

@@ -121,10 +121,18 @@ class Policy:
         Raises:
             InvalidRequest: the text gives no tokens.
         """
-        tokens = list(self.tokenizer(text)["input_ids"])
-        if not tokens:
+        return self.encode_prompts([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_prompt` of each text, in one pass.
+
+        Raises:
+            InvalidRequest: a text gives no tokens.
+        """
+        rows = [list(row) for row in self.tokenizer(list(texts))["input_ids"]]
+        if not all(rows):
             raise InvalidRequest("A prompt is empty; every prompt needs at least one token.")
-        return tokens
+        return rows
 
     def decode_completion(self, tokens: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -132,15 +133,21 @@ class Api:
 
     async def _stream(self, job_id: str, after: int) -> AsyncIterator[str]:
         while True:
+            # In this order, nothing that happens in between is missed.
+            change = self._journal.next_change(job_id)
+            ended = (await self._intake.require(job_id)).state in _ENDED
             events = await self._journal.events(job_id, after)
             for event in events:
                 after = event.seq
                 yield f"id: {event.seq}\nevent: {event.type}\ndata: {json.dumps(_event(event))}\n\n"
             if events:
                 continue
-            if (await self._intake.require(job_id)).state in _ENDED:
+            if ended:
                 return
-            if not await self._journal.changed(job_id, _HEARTBEAT_S):
+            try:
+                async with asyncio.timeout(_HEARTBEAT_S):
+                    await change.wait()
+            except TimeoutError:
                 yield ": still here\n\n"
 
     async def metrics(self, job_id: str) -> PlainTextResponse:

@@ -14,7 +14,7 @@ from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.store.tables import BidRow, LotRow
 from shoal.orchestrator.workload import Workload
-from shoal.protocol.errors import OverBudget, Unauthorised
+from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unauthorised, Unavailable
 from shoal.protocol.ids import PeerId
 from shoal.protocol.market import Bid, BidReceipt, TaskKind
 from shoal.protocol.node import LOTS_TOPIC, IdleReason
@@ -121,10 +121,16 @@ class Auctioneer:
         await self._context.database.run(lambda session: session.add(row))
         self._open.append(workload)
         self.poke()
-        await self._context.network.publish(LOTS_TOPIC, workload.lot.encode())
+        try:
+            await self._context.network.publish(LOTS_TOPIC, workload.lot.encode())
+        except ShoalError as error:
+            # Gossip only spares bidders a heartbeat; nothing depends on it.
+            _log.warning("lot_not_announced", extra={"reason": error.message})
 
     def withdraw(self, job_id: str) -> None:
         """Offers nothing of the job any more."""
+        for workload in self._open:
+            workload.closed = workload.closed or workload.lot.job_id == job_id
         self._open = [workload for workload in self._open if workload.lot.job_id != job_id]
         self._book.remove_job(job_id)
 
@@ -136,8 +142,29 @@ class Auctioneer:
             self._book.remove_expired(self._context.time.now_ms())
             self._open = [workload for workload in self._open if workload.undelivered]
             for workload in sorted(self._open, key=Workload.order):
-                if workload.waiting:
-                    await self._clear(workload)
+                if workload.waiting and not workload.closed:
+                    await self._clear_safely(workload)
+
+    async def _clear_safely(self, workload: Workload) -> None:
+        """Clears the workload; what goes wrong costs its own job at most."""
+        try:
+            await self._clear(workload)
+        except OverBudget as error:
+            # Money held by running leases may come back; with none there is no more to come.
+            if not self._dispatcher.live_leases(workload.lot.job_id):
+                workload.abandon(error)
+        except Unavailable as error:
+            _log.warning(
+                "clearing_waits", extra={"lot_id": workload.lot.lot_id, "reason": error.message}
+            )
+        except Exception:
+            _log.exception("clearing_failed", extra={"lot_id": workload.lot.lot_id})
+            workload.abandon(
+                InvariantBroken(
+                    f"Lot {workload.lot.lot_id} could not be handed out, by a defect of the "
+                    "orchestrator; its log has the details."
+                )
+            )
 
     async def _clear(self, workload: Workload) -> None:
         now_ms = self._context.time.now_ms()
@@ -158,12 +185,13 @@ class Auctioneer:
         )
         self._idle |= {rejection.node: rejection.reason for rejection in clearing.rejected}
         for award in clearing.awards:
+            self._idle.pop(award.node, None)
+        for award in clearing.awards:
             for part in split_award(award, self._context.config.max_units_per_lease):
-                try:
-                    await self._dispatcher.grant(workload, part)
-                except OverBudget as error:
-                    workload.abandon(error)
+                # The job may end while an earlier part is written down.
+                if workload.closed:
                     return
+                await self._dispatcher.grant(workload, part)
 
     def _may_work(self, node: str, now_ms: int) -> bool:
         member = self._roster.find(node)

@@ -44,6 +44,7 @@ class OrchestratorConfig(BaseModel):
     max_units_per_lease: int = Field(default=32, ge=1)
     start_timeout_ms: int = Field(default=10_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
+    lease_ceiling_ms: int = Field(default=3_600_000, ge=100)
     max_attempts: int = Field(default=8, ge=1)
 
     def resolved_models_dir(self) -> Path:
@@ -69,7 +70,7 @@ def load_config(file: Path | None, overrides: Mapping[str, object]) -> Orchestra
             values = tomllib.loads(file.read_text())
         except OSError as error:
             raise InvalidRequest(f"The configuration {file} cannot be read: {error}.") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"The configuration {file} is not TOML: {error}.") from None
     values |= {key: value for key, value in overrides.items() if value is not None}
     for key in values.keys() - OrchestratorConfig.model_fields.keys():

@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ from shoal.protocol.errors import (
     PeerFault,
     ShoalError,
     Unauthorised,
+    Unavailable,
 )
 from shoal.protocol.ids import LeaseId, PeerId, new_id
 from shoal.protocol.market import Award, Lease, TaskKind
@@ -49,11 +50,15 @@ from shoal.protocol.task import Task
 _log = logging.getLogger(__name__)
 
 _OFFER_TIMEOUT_S = 10.0
+_MAX_REMEMBERED = 10_000
 
 
 @dataclass(kw_only=True)
 class LiveLease:
-    """A lease that has not ended, with what is needed to judge or re-lease it."""
+    """A lease that has not ended, with what is needed to judge or re-lease it.
+
+    ``upload_sha256`` is the one payload its token may store, absent before the first upload.
+    """
 
     record: LeaseRecord
     signed: Signed[Lease]
@@ -62,6 +67,7 @@ class LiveLease:
     workload: Workload
     upload_token: str
     max_result_bytes: int
+    upload_sha256: str | None = None
 
     @property
     def lease(self) -> Lease:
@@ -86,6 +92,7 @@ class Dispatcher:
         self._roster = roster
         self._settler = settler
         self._live: dict[LeaseId, LiveLease] = {}
+        self._ended: OrderedDict[str, LeaseRecord] = OrderedDict()
         self._offers: set[asyncio.Task[None]] = set()
         self._fewer = asyncio.Event()
         self.submissions: asyncio.Queue[Submission] = asyncio.Queue()
@@ -107,16 +114,36 @@ class Dispatcher:
         return [live for live in self._live.values() if live.lease.job_id == job_id]
 
     async def grant(self, workload: Workload, award: Award) -> None:
-        """Offers one lease for the award's units.
+        """Offers one lease for the award's units; whatever fails, none of them is lost.
 
         Raises:
-            OverBudget: the job's free money does not cover it; no unit was taken.
+            OverBudget: the job's free money does not cover it.
+            Unavailable: the task's bytes or the lease could not be stored.
         """
         lease_id = LeaseId(new_id("lease"))
         ledger = self._settler.ledger(workload.lot.job_id)
         ledger.hold(lease_id, award.num_units * award.unit_price_micros)
         units = workload.take(award.num_units)
+        try:
+            live = await self._issue(lease_id, workload, award, units)
+        except BaseException:
+            if self._live.pop(lease_id, None) is not None:
+                self._wake_drained()
+            ledger.release(lease_id)
+            workload.give_back(units, failed=False)
+            raise
+        # A clock or the end of the job may have taken it back while it was written down.
+        if live.record.state is LeaseState.OFFERED:
+            offer = asyncio.create_task(self._offer(live))
+            self._offers.add(offer)
+            offer.add_done_callback(self._offers.discard)
+
+    async def _issue(
+        self, lease_id: LeaseId, workload: Workload, award: Award, units: tuple[int, ...]
+    ) -> LiveLease:
         task = await workload.build_task(units)
+        if workload.closed:
+            raise Unavailable(f"Lot {workload.lot.lot_id} is withdrawn.", code="lot_withdrawn")
         lease = self._lease(lease_id, workload, award, task, units)
         live = LiveLease(
             record=leases.offer(lease),
@@ -128,10 +155,13 @@ class Dispatcher:
             max_result_bytes=workload.max_result_bytes(len(units)),
         )
         self._live[lease_id] = live
-        await self._context.database.run(lambda session: session.add(_row(live)))
-        offer = asyncio.create_task(self._offer(live))
-        self._offers.add(offer)
-        offer.add_done_callback(self._offers.discard)
+        try:
+            await self._context.database.run(lambda session: session.add(_row(live)))
+        except Unavailable:
+            # Ended meanwhile: its units are waiting again already.
+            if live.record.state is LeaseState.OFFERED:
+                raise
+        return live
 
     def _lease(
         self,
@@ -147,6 +177,8 @@ class Dispatcher:
         samples = list(member.recent_unit_ms.get(workload.kind.value, ())) if member else []
         p90_ms = leases.p90_up(samples) if samples else 0
         allowed_ms = leases.deadline_after_ms(p90_ms, len(units), config.lease_floor_ms)
+        # A slow provider must not be able to stretch its own deadlines for ever.
+        allowed_ms = min(allowed_ms, config.lease_ceiling_ms)
         return Lease(
             lease_id=lease_id,
             lease_epoch=max(workload.attempts[unit] for unit in units),
@@ -202,7 +234,7 @@ class Dispatcher:
             live.record,
             node=live.lease.node,
             lease_epoch=live.lease.lease_epoch,
-            reason=reason[:500],
+            reason=printable(reason)[:500],
             now_ms=self._context.time.now_ms(),
         )
         self.on_refusal(live.lease.node, reason)
@@ -213,10 +245,12 @@ class Dispatcher:
 
     async def end(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         """The lease is over without a paid result: money freed, units wait again."""
+        # All in one step, before anything is awaited: nobody sees half an ending.
         self._change(live, record)
         self._forget(live)
         self._settler.ledger(live.lease.job_id).release(live.lease.lease_id)
-        await self._context.database.run(lambda session: _store(session, record))
+        self._take_back(live, record, failed=failed)
+        self.on_capacity()
         _log.info(
             "lease_ended",
             extra={
@@ -227,6 +261,13 @@ class Dispatcher:
                 "reason": record.reason or "",
             },
         )
+        try:
+            await self._context.database.run(lambda session: _store(session, record))
+        except Unavailable as error:
+            # Only the picture suffers: at the next start the row is swept with the others.
+            _log.warning("lease_end_not_stored", extra={"reason": error.message})
+
+    def _take_back(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         workload = live.workload
         workload.give_back(live.units, failed=failed)
         if failed and workload.failures >= FAILURES_BEFORE_RAISE:
@@ -241,13 +282,12 @@ class Dispatcher:
                     code="attempts_exhausted",
                 )
             )
-        self.on_capacity()
 
     async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:
         """Passes if ``token`` belongs to a live lease whose result may be this large.
 
         Raises:
-            Unauthorised: no live lease has this token.
+            Unauthorised: no live lease has this token, or it was used for another payload.
             InvalidRequest: the result is larger than the lease allows.
         """
         for live in self._live.values():
@@ -258,6 +298,12 @@ class Dispatcher:
                         f"{live.max_result_bytes} its lease allows.",
                         code="oversize",
                     )
+                # One result for one lease: else a token would fill the disk.
+                if live.upload_sha256 not in (None, digest):
+                    raise Unauthorised(
+                        "This upload token was used for another payload.", code="token_used"
+                    )
+                live.upload_sha256 = digest
                 return
         raise Unauthorised("No live lease has this upload token.", code="bad_token")
 
@@ -265,39 +311,52 @@ class Dispatcher:
         """Takes a result under its lease; the same result again is acknowledged again.
 
         Raises:
-            NotFound: no such live lease.
+            NotFound: no such lease is known.
             Expired: the lease ended before (its clock is named).
             PeerFault: the result is not this lease's holder's, or differs from an earlier one.
-            InvalidRequest: the payload was never uploaded.
+            InvalidRequest: the payload was never uploaded, or is larger than allowed.
         """
         result, member = message.result, self._roster.member(peer)
         live = self._live.get(LeaseId(result.lease_id))
         digest = result.digest()
-        if live is None:
+        known = self._ended.get(result.lease_id) if live is None else live.record
+        if known is None:
             raise NotFound(
                 f"Lease {result.lease_id} is over or unknown; drop the work.", code="no_lease"
             )
-        if not self._context.blobs.has(result.payload.sha256):
-            raise InvalidRequest(
-                f"The payload {result.payload.sha256} of lease {result.lease_id} was not "
-                "uploaded; upload it, then send the result.",
-                code="payload_missing",
-            )
-        self._check_receipt(live, message, digest)
-        first = live.record.result_sha256 is None
         record = leases.submit(
-            live.record,
+            known,
             node=peer,
             lease_epoch=result.lease_epoch,
             result_sha256=digest,
             now_ms=self._context.time.now_ms(),
         )
-        if first:
+        if live is not None and record is not known:
+            self._check_payload(live, message)
+            self._check_receipt(live, message, digest)
+            # Queued before it is stored: what is acknowledged later is always judged.
             self._change(live, record)
-            await self._context.database.run(lambda session: _store(session, record, message))
             self.submissions.put_nowait(Submission(live=live, message=message, member=member))
             self.on_capacity()
+            await self._context.database.run(lambda session: _store(session, record, message))
         return ResultReply(lease_id=result.lease_id, result_sha256=digest)
+
+    def _check_payload(self, live: LiveLease, message: ResultMessage) -> None:
+        sha256, blobs = message.result.payload.sha256, self._context.blobs
+        if not blobs.has(sha256):
+            raise InvalidRequest(
+                f"The payload {sha256} of lease {live.lease.lease_id} was not uploaded; upload "
+                "it, then send the result.",
+                code="payload_missing",
+            )
+        # The store also holds whole models, which nobody may make us read as a result.
+        size_bytes = blobs.size_of(sha256)
+        if size_bytes > live.max_result_bytes:
+            raise InvalidRequest(
+                f"The payload of lease {live.lease.lease_id} has {size_bytes} bytes and "
+                f"{live.max_result_bytes} are allowed.",
+                code="oversize",
+            )
 
     def _check_receipt(self, live: LiveLease, message: ResultMessage, digest: str) -> None:
         message.receipt.require_signer(self._context.domain, live.lease.account)
@@ -366,7 +425,14 @@ class Dispatcher:
         self._forget(live)
 
     def _forget(self, live: LiveLease) -> None:
+        """The lease is live no more; its record stays known, to answer late messages."""
         self._live.pop(LeaseId(live.lease.lease_id), None)
+        self._ended[live.lease.lease_id] = live.record
+        while len(self._ended) > _MAX_REMEMBERED:
+            self._ended.popitem(last=False)
+        self._wake_drained()
+
+    def _wake_drained(self) -> None:
         self._fewer.set()
         self._fewer = asyncio.Event()
 
@@ -375,11 +441,33 @@ class Dispatcher:
         while self.live_leases(job_id):
             await self._fewer.wait()
 
+    async def sweep(self) -> None:
+        """No lease of an earlier process is open in the database; call before any is granted."""
+        unfinished = [state.value for state in LeaseState if not state.is_final]
+        values = {
+            "state": LeaseState.REVOKED.value,
+            "reason": "the orchestrator was restarted",
+            "ended_ms": self._context.time.now_ms(),
+        }
+        await self._context.database.run(
+            lambda session: (
+                session.execute(
+                    update(LeaseRow).where(LeaseRow.state.in_(unfinished)).values(**values)
+                )
+                and None
+            )
+        )
+
     async def close(self) -> None:
         """Waits for offers under way to end."""
         for offer in list(self._offers):
             offer.cancel()
         await asyncio.gather(*self._offers, return_exceptions=True)
+
+
+def printable(text: str) -> str:
+    """``text`` without NUL, which Postgres cannot store: strangers write reasons too."""
+    return text.replace("\0", " ")
 
 
 def _row(live: LiveLease) -> LeaseRow:

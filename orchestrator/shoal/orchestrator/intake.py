@@ -13,11 +13,12 @@ from shoal.models.base import describe_base
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.store.tables import JobRow
-from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, Unavailable
+from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, ShoalError
 from shoal.protocol.job import Job, JobSpec, JobState
 from shoal.protocol.money import format_dollars
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.signing import Signed
+from shoal.provenance.statement import MAX_LINKS
 from shoal.rl.base_models import fetch_base
 from shoal.rl.environments import Split, load_environment
 
@@ -48,12 +49,15 @@ class Intake:
         """
         job = signed.record
         signed.require_signer(self._context.domain, job.requester)
-        known = await self.find(job.job_id())
-        if known is not None:
-            return known
-        check_budget(job.spec)
         async with self._preparing:
-            base = await self._context.computed(lambda: self._prepare(job.spec))
+            known = await self.find(job.job_id())
+            return await self._admit(signed) if known is None else known
+
+    async def _admit(self, signed: Signed[Job]) -> JobRow:
+        job = signed.record
+        check_budget(job.spec)
+        check_size(job.spec)
+        base = await self._context.computed(lambda: self._prepare(job.spec))
         now_ms = self._context.time.now_ms()
         row = JobRow(
             job_id=job.job_id(),
@@ -64,8 +68,12 @@ class Intake:
             escrow_deadline_s=now_ms // 1000 + ESCROW_PERIOD_S,
             created_ms=now_ms,
         )
-        await self._context.database.run(lambda session: session.add(row))
-        await self._journal.event(row.job_id, "job_received", {"name": job.spec.name})
+        await self._journal.event(
+            row.job_id,
+            "job_received",
+            {"name": job.spec.name},
+            also=lambda session: session.add(row),
+        )
         return row
 
     def _prepare(self, spec: JobSpec) -> BaseModelRef:
@@ -111,7 +119,7 @@ class Intake:
             for row in waiting:
                 try:
                     await self._check_funding(row)
-                except Unavailable as error:
+                except ShoalError as error:
                     _log.warning(
                         "funding_unknown", extra={"job_id": row.job_id, "reason": error.message}
                     )
@@ -132,8 +140,16 @@ class Intake:
                 f"the escrow holds ${format_dollars(escrow.funded_micros)} and the job's budget "
                 f"is ${format_dollars(job.spec.budget.max_total_micros)}",
             )
+        elif escrow.closed or escrow.deadline_s < row.escrow_deadline_s:
+            # Workers would be paid from money that the requester can take back first.
+            await self._fail(
+                row.job_id,
+                f"the escrow may be refunded at {escrow.deadline_s} (Unix seconds) and has to "
+                f"hold until {row.escrow_deadline_s}",
+            )
         else:
-            await self._fund(row.job_id, escrow.funded_micros)
+            # What lies above the budget is the requester's, not the job's.
+            await self._fund(row.job_id, job.spec.budget.max_total_micros)
 
     async def _fund(self, job_id: str, funded_micros: int) -> None:
         def write(session: Session) -> None:
@@ -142,8 +158,8 @@ class Intake:
             row.state, row.reason = JobState.RUNNING.value, ""
             row.started_ms = self._context.time.now_ms()
 
-        await self._context.database.run(write)
-        await self._journal.event(job_id, "job_funded", {"funded_micros": funded_micros})
+        facts = {"funded_micros": funded_micros}
+        await self._journal.event(job_id, "job_funded", facts, also=write)
         await self._start(job_id)
 
     async def _fail(self, job_id: str, reason: str) -> None:
@@ -152,12 +168,27 @@ class Intake:
             row.state, row.reason = JobState.FAILED.value, reason
             row.finished_ms = self._context.time.now_ms()
 
-        await self._context.database.run(write)
-        await self._journal.event(job_id, "job_failed", {"reason": reason})
+        await self._journal.event(job_id, "job_failed", {"reason": reason}, also=write)
 
 
 def _waiting_for_funds(session: Session) -> list[JobRow]:
     return list(session.scalars(select(JobRow).where(JobRow.state == JobState.FUNDING.value)))
+
+
+def check_size(spec: JobSpec) -> None:
+    """Passes if one update's statement can name all its pieces, were each a lease of its own.
+
+    Raises:
+        InvalidRequest: a batch has too many groups.
+    """
+    # Gradients may be half of the links of a statement.
+    most = MAX_LINKS // 2
+    if spec.groups_per_batch > most:
+        raise InvalidRequest(
+            f"A batch of {spec.groups_per_batch} groups is larger than the {most} allowed; lower "
+            "batch_size or raise rollouts_per_example.",
+            code="batch_too_large",
+        )
 
 
 def check_budget(spec: JobSpec) -> None:

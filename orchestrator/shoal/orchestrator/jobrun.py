@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shoal.orchestrator.auctioneer import Auctioneer
@@ -44,12 +45,30 @@ from shoal.rl.gradient import make_groups
 from shoal.rl.verification import RolloutVerification
 
 
-@dataclass(frozen=True, kw_only=True)
 class GradientSum:
-    """The accepted slices of one batch, and the statements they came with."""
+    """The gradient of one batch, slice by slice; ``complete`` is set when none is missing."""
 
-    payloads: tuple[GradientPayload, ...]
-    statements: tuple[str, ...]
+    def __init__(self, num_units: int) -> None:
+        self.complete = asyncio.Event()
+        self._missing = set(range(num_units))
+        self._slices: dict[int, Delivery] = {}
+        if not num_units:
+            self.complete.set()
+
+    async def take(self, delivery: Delivery) -> None:
+        """Keeps one accepted slice."""
+        self._slices[delivery.units[0]] = delivery
+        self._missing.difference_update(delivery.units)
+        if not self._missing:
+            self.complete.set()
+
+    def payloads(self) -> list[GradientPayload]:
+        """The slices in unit order, so that the sum does not depend on who answered first."""
+        return [_gradient_payload(self._slices[first]) for first in sorted(self._slices)]
+
+    def statements(self) -> tuple[str, ...]:
+        """The digests of the workers' statements, in the same order."""
+        return tuple(self._slices[first].statement_sha256 for first in sorted(self._slices))
 
 
 class JobRun:
@@ -72,6 +91,7 @@ class JobRun:
         self.evaluations = Evaluations(context, journal, auctioneer, self._planner)
         self._batches: dict[int, Batch] = {}
         self._next_batch = 0
+        self._pinned: deque[str] = deque()
         self.policy: PolicyVersion | None = None
         self.last_update_sha256: str | None = None
         self.reward_recent: float | None = None
@@ -81,6 +101,14 @@ class JobRun:
         """Ends the run with ``error`` at its next wait."""
         if not self._halted.done():
             self._halted.set_exception(error)
+            # Looked at, so that a run which ended first does not complain of it.
+            self._halted.exception()
+
+    async def restore(self) -> None:
+        """The run stands where the records say the job stood: weights, optimiser, last update."""
+        recorded = await self._context.database.run(self._recorded_version)
+        version = await self._context.computed(lambda: self.learner.resume(recorded or 0))
+        await self._publish(version)
 
     async def run(self) -> None:
         """The job's updates are all applied and its last version is evaluated.
@@ -89,20 +117,36 @@ class JobRun:
             ShoalError: what halted it: money, exhausted attempts, a cancelled job.
         """
         spec = self.learner.spec
-        version = await self._context.computed(self.learner.resume)
-        await self._publish(version)
+        version = self._current().version
         if version == 0:
+            # Stated twice where the process stopped in between; the same words do no harm.
             await self._state_environments()
             await self._context.computed(lambda: self.learner.checkpoint(0))
-        await self.evaluations.start(self._current())
+        if version % spec.evaluation.interval == 0 or version == spec.max_steps:
+            await self.evaluations.start(self._current())
         self._next_batch = version
         while version < spec.max_steps:
-            await self._issue_rollouts(version)
             await self._step(version)
             version += 1
             if version % spec.evaluation.interval == 0 or version == spec.max_steps:
                 await self.evaluations.start(self._current())
         await self._unless_halted(self.evaluations.finish())
+
+    def _recorded_version(self, session: Session) -> int | None:
+        """The last version on record, and which statement made it; None for a new job."""
+        last = session.scalar(
+            select(StatementRow.payload_sha256)
+            .where(
+                StatementRow.job_id == self.job_id,
+                StatementRow.kind == StatementKind.UPDATE.value,
+            )
+            .order_by(StatementRow.seq.desc())
+            .limit(1)
+        )
+        self.last_update_sha256 = last
+        return session.scalar(
+            select(func.max(PolicyRow.version)).where(PolicyRow.job_id == self.job_id)
+        )
 
     def _current(self) -> PolicyVersion:
         if self.policy is None:
@@ -157,44 +201,41 @@ class JobRun:
 
     async def _step(self, version: int) -> None:
         started = time.monotonic()
-        batch = self._batches[version]
-        await self._unless_halted(_wait(batch.complete))
+        gradient = await self._next_gradient(version)
         waited_s = time.monotonic() - started
-        total = await self._gradient(batch)
+        batch = self._batches.pop(version)
+        await self._unless_halted(_wait(gradient.complete))
         stats = await self._context.computed(
-            lambda: self.learner.update(total.payloads, batch.num_tokens)
+            lambda: self.learner.update(gradient.payloads(), batch.num_tokens)
         )
-        parent = self._current()
-        await self._publish(version + 1, _update_facts(parent, batch, total, self.learner))
-        del self._batches[version]
-        spec = self.learner.spec
-        if (version + 1) % spec.checkpoint.interval == 0 or version + 1 == spec.max_steps:
-            await self._context.computed(lambda: self.learner.checkpoint(version + 1))
+        await self._context.computed(lambda: self.learner.checkpoint(version + 1))
+        facts = _update_facts(self._current(), batch, gradient, self.learner)
+        await self._publish(version + 1, facts)
         await self._report(batch, stats, time.monotonic() - started, waited_s)
 
-    async def _gradient(self, batch: Batch) -> GradientSum:
+    async def _next_gradient(self, version: int) -> GradientSum:
+        """The gradient of the version's batch is on the market, and so is the next batch.
+
+        The learner waits for the gradient, so it is offered first if its batch is complete
+        already; workers then sample the next batch while the update is made.
+        """
+        batch = self._batches.get(version)
+        if batch is None or not batch.complete.is_set():
+            await self._issue_rollouts(version)
+            batch = self._batches[version]
+            await self._unless_halted(_wait(batch.complete))
+        gradient = await self._offer_gradient(batch)
+        await self._issue_rollouts(version)
+        return gradient
+
+    async def _offer_gradient(self, batch: Batch) -> GradientSum:
         groups = batch.teaching()
-        done: dict[int, tuple[tuple[int, ...], Delivery]] = {}
-        complete = asyncio.Event()
-        missing = set(range(len(groups)))
-
-        async def take(delivery: Delivery) -> None:
-            done[delivery.units[0]] = (delivery.units, delivery)
-            missing.difference_update(delivery.units)
-            if not missing:
-                complete.set()
-
+        gradient = GradientSum(num_units=len(groups))
         if groups:
             await self._auctioneer.open(
-                self._planner.gradients(batch.number, self._current(), groups, take)
+                self._planner.gradients(batch.number, self._current(), groups, gradient.take)
             )
-            await self._unless_halted(_wait(complete))
-        # Sorted by unit, so that the sum does not depend on who answered first.
-        deliveries = [done[first][1] for first in sorted(done)]
-        return GradientSum(
-            payloads=tuple(_gradient_payload(delivery) for delivery in deliveries),
-            statements=tuple(delivery.statement_sha256 for delivery in deliveries),
-        )
+        return gradient
 
     async def _publish(self, version: int, facts: UpdatePredicate | None = None) -> None:
         policy = await self._context.computed(
@@ -223,6 +264,10 @@ class JobRun:
 
         await self._context.database.run(write)
         self.policy = policy
+        self._pinned.append(policy.adapter.sha256)
+        # Older versions are read by stragglers only; they go first where room is short.
+        if len(self._pinned) > self.learner.spec.max_staleness + 2:
+            self._context.blobs.unpin(self._pinned.popleft())
 
     async def _state_environments(self) -> None:
         rows = [
@@ -263,7 +308,7 @@ class JobRun:
 
 
 def _update_facts(
-    parent: PolicyVersion, batch: Batch, total: GradientSum, learner: Learner
+    parent: PolicyVersion, batch: Batch, gradient: GradientSum, learner: Learner
 ) -> UpdatePredicate:
     # ``policy`` is replaced once the new weights have a digest.
     return UpdatePredicate(
@@ -272,7 +317,7 @@ def _update_facts(
         parent=parent,
         policy=parent,
         rollouts=tuple(batch.statements),
-        gradients=total.statements,
+        gradients=gradient.statements(),
         num_tokens=batch.num_tokens,
         optimizer_sha256=digest_of(learner.spec.optimizer.to_json()),
     )

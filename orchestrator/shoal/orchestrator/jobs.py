@@ -29,6 +29,8 @@ from shoal.rl.base_models import fetch_base
 _log = logging.getLogger(__name__)
 
 _CHAIN_RETRY_S = 1.0
+_SETTLING = "settling, then "
+_DEFECT = "a defect of the orchestrator; its log has the details"
 
 
 class Jobs:
@@ -85,7 +87,8 @@ class Jobs:
         return list(self._running)
 
     async def resume(self) -> None:
-        """Starts every job the database says is running."""
+        """Starts every job the database says is running; leases of before are over."""
+        await self._dispatcher.sweep()
         unfinished = (JobState.RUNNING.value, JobState.DRAINING.value)
         rows = await self._context.database.run(
             lambda session: session.scalars(
@@ -112,16 +115,19 @@ class Jobs:
             await self._drive(job_id)
         except ShoalError as error:
             _log.error("job_failed", extra={"job_id": job_id, "reason": error.message})
-            await self._finish(job_id, JobState.FAILED, error.message)
-        except asyncio.CancelledError:
-            raise
+            await self._abort(job_id, error.message)
         except Exception:
             _log.exception("job_crashed", extra={"job_id": job_id})
-            await self._finish(
-                job_id, JobState.FAILED, "a defect of the orchestrator; its log has the details"
-            )
+            await self._abort(job_id, _DEFECT)
         finally:
             self._running.pop(job_id, None)
+
+    async def _abort(self, job_id: str, reason: str) -> None:
+        """The job is over without an orderly end; nothing of it is sold any more."""
+        self._running.pop(job_id, None)
+        self._auctioneer.withdraw(job_id)
+        await self._dispatcher.revoke_job(job_id, "the job has failed")
+        await self._finish(job_id, JobState.FAILED, reason)
 
     async def _drive(self, job_id: str) -> None:
         await self._journal.adopt(job_id)
@@ -132,15 +138,13 @@ class Jobs:
         learner = await self._context.computed(lambda: self._load(job, base))
         run = JobRun(self._context, self._journal, self._auctioneer, learner)
         self._running[job_id] = run
-        state, reason = JobState.COMPLETE, ""
-        try:
-            await run.run()
-        except OverBudget as error:
-            state, reason = JobState.PAUSED, error.message
-        except ShoalError as error:
-            state, reason = JobState.FAILED, error.message
+        await run.restore()
+        if row.state == JobState.DRAINING.value:
+            state, reason = _read_ending(row.reason)
+        else:
+            state, reason = await _run(run)
         run.selling = False
-        await self._drain(job_id)
+        await self._drain(job_id, state, reason)
         await self._publisher.publish(run)
         await self._settle_fully(job_id)
         if state is not JobState.PAUSED:
@@ -159,9 +163,9 @@ class Jobs:
         """Where the job's checkpoints and released files are."""
         return self._context.config.data_dir / "jobs" / job_id
 
-    async def _drain(self, job_id: str) -> None:
+    async def _drain(self, job_id: str, state: JobState, reason: str) -> None:
         """Nothing of the job is open any more; results already sent in are still judged."""
-        await self._set_state(job_id, JobState.DRAINING, "settling")
+        await self._set_state(job_id, JobState.DRAINING, f"{_SETTLING}{state.value}: {reason}")
         self._auctioneer.withdraw(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has ended")
         await self._dispatcher.drained(job_id)
@@ -188,14 +192,38 @@ class Jobs:
                 return
 
     async def _finish(self, job_id: str, state: JobState, reason: str) -> None:
-        await self._set_state(job_id, state, reason)
-        await self._journal.event(job_id, f"job_{state.value}", {"reason": reason})
+        def write(session: Session) -> None:
+            row = session.get_one(JobRow, job_id)
+            row.state, row.reason = state.value, reason
+            row.finished_ms = self._context.time.now_ms()
+
+        # One transaction: a follower that sees the end also finds the event that tells of it.
+        await self._journal.event(job_id, f"job_{state.value}", {"reason": reason}, also=write)
 
     async def _set_state(self, job_id: str, state: JobState, reason: str) -> None:
         def write(session: Session) -> None:
             row = session.get_one(JobRow, job_id)
             row.state, row.reason = state.value, reason
-            if state is not JobState.DRAINING:
-                row.finished_ms = self._context.time.now_ms()
 
         await self._context.database.run(write)
+
+
+async def _run(run: JobRun) -> tuple[JobState, str]:
+    """How the run ended, and why."""
+    try:
+        await run.run()
+    except OverBudget as error:
+        return JobState.PAUSED, error.message
+    except ShoalError as error:
+        return JobState.FAILED, error.message
+    except Exception:
+        # Its workers are still paid and its escrow closed, so this is an end like others.
+        _log.exception("job_crashed", extra={"job_id": run.job_id})
+        return JobState.FAILED, _DEFECT
+    return JobState.COMPLETE, ""
+
+
+def _read_ending(settling: str) -> tuple[JobState, str]:
+    """The end that a job was being settled towards when the process stopped."""
+    state, _, reason = settling.removeprefix(_SETTLING).partition(": ")
+    return JobState(state), reason

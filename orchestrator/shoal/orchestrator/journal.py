@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,30 @@ class Journal:
         self._next_seq: dict[str, int] = {}
         self._open_epoch: dict[str, int] = {}
 
-    async def event(self, job_id: str, type_: str, data: Mapping[str, object]) -> None:
-        """Records that ``type_`` happened to the job, and wakes its followers."""
+    async def event(
+        self,
+        job_id: str,
+        type_: str,
+        data: Mapping[str, object],
+        *,
+        also: Callable[[Session], None] = lambda session: None,
+    ) -> None:
+        """Records that ``type_`` happened to the job, and wakes its followers.
+
+        ``also`` writes, in the same transaction, the change that the event tells of.
+        """
         row = EventRow(
             job_id=job_id,
             at_ms=self._context.time.now_ms(),
             type=type_,
             data=json.dumps(data, sort_keys=True),
         )
-        await self._context.database.run(lambda session: session.add(row))
+
+        def write(session: Session) -> None:
+            also(session)
+            session.add(row)
+
+        await self._context.database.run(write)
         _log.info(type_, extra={"job_id": job_id, "data": dict(data)})
         self._wake(job_id)
 
@@ -71,14 +86,9 @@ class Journal:
 
         return await self._context.database.run(read)
 
-    async def changed(self, job_id: str, timeout_s: float) -> bool:
-        """Waits until something happens to the job; False if nothing did in time."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed[job_id].wait()
-        except TimeoutError:
-            return False
-        return True
+    def next_change(self, job_id: str) -> asyncio.Event:
+        """Set as soon as anything more happens to the job; ask before reading what did."""
+        return self._changed[job_id]
 
     def _wake(self, job_id: str) -> None:
         self._changed.pop(job_id, asyncio.Event()).set()

@@ -14,7 +14,7 @@ from shoal.protocol.job import Job, JobSpec
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
 from shoal.rl.aggregation import AdapterOptimizer, UpdateStats
 from shoal.rl.batch import GradientPayload
-from shoal.rl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from shoal.rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from shoal.rl.environments import Environment, load_environment
 
 
@@ -36,9 +36,9 @@ class Learner:
         self.auditor = Policy.load(folder, self.spec.lora, seed=self.spec.seed)
         self._optimizer = AdapterOptimizer(self.policy, self.spec.optimizer, self.spec.max_steps)
 
-    def resume(self) -> int:
-        """Continues from the newest checkpoint; the policy version it holds, 0 without one."""
-        folder = latest_checkpoint(self._checkpoints)
+    def resume(self, version: int) -> int:
+        """Continues from the checkpoint of ``version``, or the newest before it; its version."""
+        folder = newest_checkpoint(self._checkpoints, version)
         if folder is None:
             return 0
         checkpoint = load_checkpoint(folder)
@@ -67,5 +67,5 @@ class Learner:
             version,
             adapter=self.policy.adapter_bytes(),
             optimizer=self._optimizer.state_bytes(),
-            keep_last=self.spec.checkpoint.keep_last,
+            keep=self.spec.checkpoint,
         )

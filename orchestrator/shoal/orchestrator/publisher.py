@@ -50,7 +50,7 @@ class Publisher:
 
     async def publish(self, run: JobRun) -> None:
         """The current policy is a downloadable PEFT folder, and its release is stated."""
-        if run.policy is None:
+        if run.policy is None or await self._is_stated(run.job_id):
             return
         policy = run.policy
         folder = self._folder(run.job_id)
@@ -73,17 +73,31 @@ class Publisher:
             ),
             {file.path: file.sha256 for file in released},
         )
+        # Before it is stated, because what is stated is never written again.
+        (folder.parent / _RELEASE_INDEX).write_text(json.dumps(index))
         row = self._journal.state(run.job_id, StatementKind.RELEASE, statement)
         await self._context.database.run(lambda session: session.add(row))
-        (folder.parent / _RELEASE_INDEX).write_text(json.dumps(index))
         await self._journal.event(
             run.job_id,
             "model_published",
             {"policy_version": policy.version, "adapter_sha256": policy.adapter.sha256},
         )
 
+    async def _is_stated(self, job_id: str) -> bool:
+        """Whether the job's release was stated before this process was restarted."""
+        kind = StatementKind.RELEASE.value
+        query = select(StatementRow.seq).where(
+            StatementRow.job_id == job_id, StatementRow.kind == kind
+        )
+        return await self._context.database.run(
+            lambda session: session.scalar(query.limit(1)) is not None
+        )
+
     def _write(self, run: JobRun, folder: Path, card: str, metrics: str) -> None:
-        base = run.learner.base
+        base, released = run.learner.base, run.policy
+        if released is not None and run.learner.policy.adapter_sha256() != released.adapter.sha256:
+            # An update that was computed and never stated is not released.
+            run.learner.policy.load_adapter(self._context.blobs.read(released.adapter.sha256))
         run.learner.policy.save_peft_folder(folder, base.name, base.content_digest(), card)
         (folder / "job.json").write_text(run.learner.job.model_dump_json(indent=2))
         (folder / "metrics.jsonl").write_text(metrics)

@@ -7,7 +7,9 @@ transaction, and the escrow's own epoch number makes the repeat harmless.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from shoal.market.settlement import Ledger, PayEntry, PayoutSet
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.store.tables import EpochRow, JobRow, LeaseRow, StatementRow
-from shoal.protocol.errors import NotFound, Unavailable
+from shoal.protocol.errors import ChainRejected, InvariantBroken, NotFound, Unavailable
 from shoal.provenance.log import EpochLog
 from shoal.provenance.statement import StatementKind
 
@@ -44,6 +46,7 @@ class Settler:
         self._context = context
         self._journal = journal
         self._ledgers: dict[str, Ledger] = {}
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def ledger(self, job_id: str) -> Ledger:
         """The money of a job this process runs."""
@@ -55,25 +58,9 @@ class Settler:
 
     async def adopt(self, job_id: str) -> Ledger:
         """Rebuilds the job's ledger from the verdicts in the database."""
-
-        def read(session: Session) -> Ledger:
-            rows = session.scalars(
-                select(LeaseRow).where(
-                    LeaseRow.job_id == job_id, LeaseRow.state == LeaseState.ACCEPTED.value
-                )
-            )
-            entries = [
-                PayEntry(
-                    task_id=row.task_id,
-                    lease_id=row.lease_id,
-                    account=row.account,
-                    pay_micros=row.pay_micros,
-                )
-                for row in rows
-            ]
-            return Ledger(job_id, session.get_one(JobRow, job_id).funded_micros, entries)
-
-        self._ledgers[job_id] = await self._context.database.run(read)
+        self._ledgers[job_id] = await self._context.database.run(
+            lambda session: _stored_ledger(session, job_id)
+        )
         return self._ledgers[job_id]
 
     async def settle(self, job_id: str) -> bool:
@@ -84,29 +71,25 @@ class Settler:
                 where this call stopped.
             ChainRejected: the escrow refused the roots.
         """
-        await self._post_unposted(job_id)
-        if not await self._context.database.run(lambda session: self._pending(session, job_id)):
-            return False
-        # One synchronous step: pay decided from here on belongs to the next epoch.
-        epoch = self._journal.turn_epoch(job_id)
-        payouts = self._ledgers[job_id].payouts(epoch)
-        await self._context.database.run(lambda session: self._close(session, payouts))
-        await self._post_unposted(job_id)
-        return True
-
-    def _pending(self, session: Session, job_id: str) -> bool:
-        epoch = self._journal.open_epoch(job_id)
-        stated = session.scalar(
-            select(func.count())
-            .select_from(StatementRow)
-            .where(StatementRow.job_id == job_id, StatementRow.epoch == epoch)
-        )
-        return bool(stated)
+        # The epochs' own clock and the end of a job may both ask at the same time.
+        async with self._turns[job_id]:
+            await self._post_unposted(job_id)
+            if not await self._context.database.run(lambda session: _pending(session, job_id)):
+                return False
+            # One synchronous step: pay decided from here on belongs to the next epoch.
+            epoch = self._journal.turn_epoch(job_id)
+            payouts = self._ledgers[job_id].payouts(epoch)
+            await self._context.database.run(lambda session: self._close(session, payouts))
+            await self._post_unposted(job_id)
+            return True
 
     def _close(self, session: Session, payouts: PayoutSet) -> None:
         job = session.get_one(JobRow, payouts.job_id)
         # Normally one epoch; more where the database failed after an epoch was turned.
         for epoch in range(job.epoch, payouts.epoch + 1):
+            owed = payouts
+            if epoch < payouts.epoch:
+                owed = _stored_ledger(session, job.job_id, through=epoch).payouts(epoch)
             statements = session.scalars(
                 select(StatementRow)
                 .where(StatementRow.job_id == job.job_id, StatementRow.epoch == epoch)
@@ -121,10 +104,10 @@ class Settler:
                 EpochRow(
                     job_id=job.job_id,
                     epoch=epoch,
-                    pay_root="0x" + payouts.root(self._context.domain).hex(),
+                    pay_root="0x" + owed.root(self._context.domain).hex(),
                     prov_root="0x" + epoch_log(job.job_id, epoch, statements).root.hex(),
-                    payouts=payouts.encode().decode(),
-                    cumulative_micros=payouts.total_micros,
+                    payouts=owed.encode().decode(),
+                    cumulative_micros=owed.total_micros,
                     num_tasks=num_tasks or 0,
                     num_statements=len(statements),
                 )
@@ -147,6 +130,12 @@ class Settler:
         if onchain.epoch >= row.epoch:
             await self._recover(row)
             return
+        if onchain.ready_at_s and onchain.ready_at_s > await self._context.chain.now_s():
+            raise Unavailable(
+                f"The last epoch of job {row.job_id} may still be challenged; the next one is "
+                "posted afterwards.",
+                code="challenge_window",
+            )
         mined = await self._context.chain.post_epoch(
             EpochPost(
                 job_id=row.job_id,
@@ -162,9 +151,20 @@ class Settler:
 
     async def _recover(self, row: EpochRow) -> None:
         """The transaction was mined but its receipt never reached our database."""
-        for posted in await self._context.chain.epochs(row.job_id):
-            if posted.epoch == row.epoch:
-                await self._mark(row, posted.tx_hash, posted.block_number, None)
+        found = [p for p in await self._context.chain.epochs(row.job_id) if p.epoch == row.epoch]
+        if not found:
+            raise Unavailable(
+                f"The chain counts epoch {row.epoch} of job {row.job_id} and shows no log of it "
+                "yet; it is looked up again.",
+                code="epoch_log_missing",
+            )
+        posted = found[0]
+        if (posted.pay_root, posted.prov_root) != (row.pay_root, row.prov_root):
+            raise InvariantBroken(
+                f"Epoch {row.epoch} of job {row.job_id} is on the chain with other roots than "
+                "the database holds; another process posts with this account's key."
+            )
+        await self._mark(row, posted.tx_hash, posted.block_number, None)
 
     async def _mark(
         self, row: EpochRow, tx_hash: str, block_number: int, gas_used: int | None
@@ -224,12 +224,44 @@ class Settler:
         return PayoutProof(epoch=epoch, claim=claim)
 
     async def settle_all(self, job_ids: list[str]) -> None:
-        """Settles each job; one whose chain does not answer waits for the next round."""
+        """Settles each job; one whose chain does not answer or refuses waits for the next round."""
         for job_id in job_ids:
             try:
                 await self.settle(job_id)
-            except Unavailable as error:
+            except (Unavailable, ChainRejected) as error:
                 _log.warning("settlement_waits", extra={"job_id": job_id, "reason": error.message})
+
+
+def _pending(session: Session, job_id: str) -> bool:
+    """Whether anything is stated that no closed epoch holds."""
+    stated = session.scalar(
+        select(func.count())
+        .select_from(StatementRow)
+        .where(
+            StatementRow.job_id == job_id,
+            StatementRow.epoch >= session.get_one(JobRow, job_id).epoch,
+        )
+    )
+    return bool(stated)
+
+
+def _stored_ledger(session: Session, job_id: str, through: int | None = None) -> Ledger:
+    """The job's money by the accepted verdicts up to epoch ``through``, or by all."""
+    query = select(LeaseRow).where(
+        LeaseRow.job_id == job_id, LeaseRow.state == LeaseState.ACCEPTED.value
+    )
+    if through is not None:
+        query = query.where(LeaseRow.settlement_epoch <= through)
+    entries = [
+        PayEntry(
+            task_id=row.task_id,
+            lease_id=row.lease_id,
+            account=row.account,
+            pay_micros=row.pay_micros,
+        )
+        for row in session.scalars(query)
+    ]
+    return Ledger(job_id, session.get_one(JobRow, job_id).funded_micros, entries)
 
 
 def epoch_log(job_id: str, epoch: int, rows: Iterable[StatementRow]) -> EpochLog:

@@ -16,14 +16,14 @@ from shoal.market.settlement import PayEntry
 from shoal.network.identity import public_key_of
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.context import Context
-from shoal.orchestrator.dispatcher import Dispatcher, LiveLease, Submission
+from shoal.orchestrator.dispatcher import Dispatcher, LiveLease, Submission, printable
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.roster import Member
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
 from shoal.orchestrator.workload import Delivery
-from shoal.protocol.errors import PeerFault
+from shoal.protocol.errors import InvariantBroken, PeerFault, ShoalError
 from shoal.protocol.ids import LeaseId, PeerId
 from shoal.protocol.result import Check, CheckName, Verdict
 from shoal.protocol.signing import sign
@@ -47,10 +47,14 @@ _SPEED_SAMPLES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """What the checks found; ``payload`` is present when all passed."""
+    """What the checks found; ``payload`` is present when all passed.
+
+    ``judged`` is false where the checks could not run: then nobody is to blame.
+    """
 
     checks: tuple[Check, ...]
     payload: object | None
+    judged: bool = True
 
     @property
     def passed(self) -> bool:
@@ -81,14 +85,23 @@ class Verifier:
         """Runs for ever: judges each submission."""
         while True:
             submission = await self._dispatcher.submissions.get()
-            await self._judge(submission)
+            if self._jobs.find(submission.live.lease.job_id) is None:
+                await self._dismiss(submission.live)
+            else:
+                await self._judge(submission)
+
+    async def _dismiss(self, live: LiveLease) -> None:
+        """The result of a job that is over already: no epoch is left to pay or state it in."""
+        now_ms = self._context.time.now_ms()
+        record = judge(live.record, accepted=False, reason="the job has ended", now_ms=now_ms)
+        await self._dispatcher.end(live, record, failed=False)
 
     async def _judge(self, submission: Submission) -> None:
         live, member = submission.live, submission.member
         audit = self.audits(member, live.workload.verify.spot_check_rate)
         envelope, fault = self._open_statement(submission)
         if fault is None:
-            outcome = await self._context.computed(lambda: self._check(submission, audit))
+            outcome = await self._checked(submission, audit)
         else:
             outcome = _Outcome(checks=(fault,), payload=None)
         verdict = self._verdict(live, submission, outcome, audit)
@@ -101,7 +114,21 @@ class Verifier:
         if verdict.accepted:
             await self._accept(live, member, submission, outcome, rows[0].payload_sha256)
         else:
-            await self._reject(live, member, verdict)
+            await self._reject(live, member, verdict, blame=outcome.judged)
+
+    async def _checked(self, submission: Submission, audit: bool) -> _Outcome:
+        """The checks' outcome; one result that breaks a check must not stop the others."""
+        try:
+            return await self._context.computed(lambda: self._check(submission, audit))
+        except Exception as error:
+            _log.exception("check_failed", extra={"lease_id": submission.live.lease.lease_id})
+            detail = f"{type(error).__name__}; the orchestrator's log has the details"
+            if isinstance(error, ShoalError):
+                detail = error.message
+        check = Check(
+            name=CheckName.FORM, passed=False, detail=f"could not be judged: {detail}"[:500]
+        )
+        return _Outcome(checks=(check,), payload=None, judged=False)
 
     def audits(self, member: Member, spot_check_rate: float) -> bool:
         """Whether this result is recomputed, drawn only now that it is committed.
@@ -122,6 +149,10 @@ class Verifier:
             require_same_work(payload, live.lease, live.task, message.result)
         except PeerFault as error:
             return None, Check(name=CheckName.FORM, passed=False, detail=error.message[:500])
+        except Exception as error:
+            _log.exception("statement_failed", extra={"lease_id": live.lease.lease_id})
+            detail = f"the statement cannot be read ({type(error).__name__})"
+            return None, Check(name=CheckName.FORM, passed=False, detail=detail)
         return envelope, None
 
     def _check(self, submission: Submission, audit: bool) -> _Outcome:
@@ -211,7 +242,7 @@ class Verifier:
             "verdict": verdict.encode().decode(),
             "audited": verdict.audited,
             "state": "accepted" if verdict.accepted else "rejected",
-            "reason": "" if verdict.accepted else verdict.reason(),
+            "reason": "" if verdict.accepted else printable(verdict.reason()),
             "ended_ms": self._context.time.now_ms(),
             "pay_micros": verdict.pay_micros,
         }
@@ -248,26 +279,47 @@ class Verifier:
         samples = member.recent_unit_ms.setdefault(
             live.lease.kind.value, deque(maxlen=_SPEED_SAMPLES)
         )
-        samples.append(result.compute_ms // live.lease.num_units + 1)
+        # The worker's own word, but never more than the time it held the lease.
+        held_ms = max(0, live.record.heard_at_ms - live.lease.issued_at_ms)
+        samples.append(min(result.compute_ms, held_ms) // live.lease.num_units + 1)
         record = judge(
             live.record, accepted=True, reason="accepted", now_ms=self._context.time.now_ms()
         )
         self._dispatcher.conclude(live, record)
-        await live.workload.accept(
-            Delivery(
-                units=live.units,
-                task=live.task,
-                lease=live.signed,
-                result=result,
-                payload=outcome.payload,
-                statement_sha256=statement_sha256,
-            )
+        delivery = Delivery(
+            units=live.units,
+            task=live.task,
+            lease=live.signed,
+            result=result,
+            payload=outcome.payload,
+            statement_sha256=statement_sha256,
         )
+        try:
+            await live.workload.accept(delivery)
+        except Exception:
+            # Paid and written down already: only the job that wanted it cannot go on.
+            _log.exception("delivery_failed", extra={"lease_id": live.lease.lease_id})
+            live.workload.abandon(
+                InvariantBroken(
+                    f"The accepted result of lease {live.lease.lease_id} could not be used, by a "
+                    "defect of the orchestrator; its log has the details."
+                )
+            )
 
-    async def _reject(self, live: LiveLease, member: Member, verdict: Verdict) -> None:
-        member.consecutive_valid = 0
-        member.audited = 0
-        self._auctioneer.suspend(live.lease.node)
+    async def _reject(
+        self, live: LiveLease, member: Member, verdict: Verdict, *, blame: bool
+    ) -> None:
+        if blame:
+            member.consecutive_valid = 0
+            member.audited = 0
+            self._auctioneer.suspend(live.lease.node)
+        record = judge(
+            live.record,
+            accepted=False,
+            reason=printable(verdict.reason()),
+            now_ms=self._context.time.now_ms(),
+        )
+        await self._dispatcher.end(live, record, failed=True)
         await self._journal.event(
             live.lease.job_id,
             "result_rejected",
@@ -278,10 +330,3 @@ class Verifier:
                 "reason": verdict.reason(),
             },
         )
-        record = judge(
-            live.record,
-            accepted=False,
-            reason=verdict.reason(),
-            now_ms=self._context.time.now_ms(),
-        )
-        await self._dispatcher.end(live, record, failed=True)

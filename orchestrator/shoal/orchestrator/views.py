@@ -52,7 +52,8 @@ class Views:
         view = await self._context.database.run(lambda session: self._job(session, job_id))
         view["escrow"] = await self._escrow(job_id)
         run = self._jobs.find(job_id)
-        view["reward_recent"] = view["reward_recent"] if run is None else run.reward_recent
+        if run is not None and run.reward_recent is not None:
+            view["reward_recent"] = run.reward_recent
         for worker in view["workers"]:
             worker["claimed_micros"] = await self._claimed(job_id, worker["account"])
         return view

@@ -33,7 +33,8 @@ class Workload:
     """A lot whose units are handed out, and come back on failure, until all are delivered.
 
     ``build_task`` makes the task for some unit numbers; ``deliver`` takes accepted work;
-    ``abandon`` is told when a unit has failed too often to go on.
+    ``abandon`` is told when a unit has failed too often to go on.  Nothing of a ``closed``
+    workload is handed out any more.
     """
 
     lot: Lot
@@ -47,6 +48,7 @@ class Workload:
     attempts: Counter[int] = field(default_factory=Counter)
     failures: int = 0
     undelivered: int = 0
+    closed: bool = False
 
     def __post_init__(self) -> None:
         self.undelivered = len(self.waiting)

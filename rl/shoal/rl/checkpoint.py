@@ -14,10 +14,12 @@ from shoal.models.policy import ADAPTER_FILE
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import InvalidRequest, NotFound
 from shoal.protocol.ids import Hex32, Sha256
+from shoal.protocol.job import CheckpointSpec
 from shoal.protocol.record import Record
 
 MANIFEST_FILE = "checkpoint.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_ROLLING = 2
 _FOLDER = re.compile(r"^step-(\d{7})$")
 
 
@@ -43,9 +45,18 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, job_id: str, step: int, *, adapter: bytes, optimizer: bytes, keep_last: int
+    directory: Path,
+    job_id: str,
+    step: int,
+    *,
+    adapter: bytes,
+    optimizer: bytes,
+    keep: CheckpointSpec,
 ) -> Path:
-    """The folder of the new checkpoint, complete on disk; all but ``keep_last`` are removed.
+    """The folder of the new checkpoint, complete on disk.
+
+    The two newest stay, so that a job resumes at the very version its records speak of, and
+    so do the newest ``keep.keep_last`` of those at a multiple of ``keep.interval``.
 
     A crash at any moment leaves either the whole checkpoint or none of it.
     """
@@ -67,7 +78,9 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
     _sync_directory(directory)
-    for old in _folders(directory)[:-keep_last]:
+    folders = _folders(directory)
+    spaced = [path for path in folders if _step_of(path) % keep.interval == 0]
+    for old in set(folders) - set(folders[-_ROLLING:]) - set(spaced[-keep.keep_last :]):
         shutil.rmtree(old)
     return folder
 
@@ -104,10 +117,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(manifest=manifest, adapter=adapter, optimizer=optimizer)
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint folder in ``directory``, if there is one."""
-    folders = _folders(directory)
+def newest_checkpoint(directory: Path, at_most: int) -> Path | None:
+    """The newest checkpoint folder of a step of ``at_most``, if there is one."""
+    folders = [path for path in _folders(directory) if _step_of(path) <= at_most]
     return folders[-1] if folders else None
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _folders(directory: Path) -> list[Path]:

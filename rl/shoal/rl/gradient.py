@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shoal.models.engine import OnProgress
-from shoal.models.forward import padded
+from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import LossSpec
@@ -198,11 +198,10 @@ def _accumulate(
     completions = [rows.token_ids[n] for n in numbers]
     prompts = [rows.prompts[rows.prompt_of_row[n]].tolist() for n in numbers]
     width = max(len(row) for row in completions)
-    lengths_b = torch.tensor([len(row) for row in completions])
-    mask_bt = (torch.arange(width) < lengths_b.unsqueeze(1)).to(policy.device)
+    mask_bt = row_mask(completions, width)
     old_bt = torch.zeros(len(numbers), width)
-    for index, number in enumerate(numbers):
-        old_bt[index, : len(rows.logprobs[number])] = torch.from_numpy(rows.logprobs[number])
+    old_bt[mask_bt] = torch.from_numpy(np.concatenate([rows.logprobs[n] for n in numbers]))
+    mask_bt = mask_bt.to(policy.device)
     advantages_b = torch.from_numpy(rows.advantages[list(numbers)]).to(policy.device)
     all_logprobs_btv = torch.log_softmax(
         policy.logits_btv(prompts, completions) / temperature, dim=-1

@@ -58,10 +58,9 @@ def encode_prompts(
     split: Split,
 ) -> Prompts:
     """The tokens of each prompt, from the environment's text."""
-    return [
-        policy.encode_prompt(environments[ref.environment].prompt(split, ref.index))
-        for ref in prompts
-    ]
+    return policy.encode_prompts(
+        [environments[ref.environment].prompt(split, ref.index) for ref in prompts]
+    )
 
 
 def decode_completions(policy: Policy, rows: Sequence[Ints]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from shoal.models.forward import padded
+from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import PeerFault
@@ -389,8 +389,7 @@ def _audit_logprobs(
     ):
         ours_bt = logprobs_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2)
         claimed_bt = torch.zeros_like(ours_bt)
-        for index, row in enumerate(payload.logprobs[part]):
-            claimed_bt[index, : len(row)] = torch.from_numpy(row)
+        claimed_bt[mask_bt] = torch.from_numpy(np.concatenate(payload.logprobs[part]))
         worst = max(worst, float(((ours_bt - claimed_bt).abs() * mask_bt).max()))
     detail = f"recomputed: largest difference {worst:.3g}, {tolerance:g} allowed"
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
@@ -424,8 +423,7 @@ def _recomputed(
         part = slice(first, first + step)
         completions = payload.token_ids[part]
         width = max(len(row) for row in completions)
-        lengths_b1 = torch.tensor([len(row) for row in completions]).unsqueeze(1)
         with torch.inference_mode():
             logits_btv = policy.logits_btv(prompts[part], completions).cpu()
             logprobs_btv = torch.log_softmax(logits_btv / temperature, dim=-1)
-        yield part, logprobs_btv, padded(completions, width), torch.arange(width) < lengths_b1
+        yield part, logprobs_btv, padded(completions, width), row_mask(completions, width)
