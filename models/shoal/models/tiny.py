@@ -61,7 +61,9 @@ def split_words(text: str) -> list[str]:
 def build_model(seed: int, vocab_size: int) -> Any:
     """A fresh ``LlamaForCausalLM`` of 0.66 M parameters; equal seeds give equal weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,

@@ -14,13 +14,14 @@ from starlette.exceptions import HTTPException
 
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.intake import Intake
+from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Event, Journal
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.views import Views
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, NotFound, PeerFault, ShoalError
-from shoal.protocol.job import Job, JobState
+from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.node import PROTOCOL_VERSION
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.record import MAX_RECORD_BYTES
@@ -28,7 +29,10 @@ from shoal.protocol.signing import Signed
 from shoal.protocol.version import SOFTWARE_VERSION
 
 _HEARTBEAT_S = 15.0
-_ENDED = {state.value for state in (JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED)}
+_ENDED = {
+    state.value
+    for state in (JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
+}
 
 
 class Api:
@@ -38,6 +42,7 @@ class Api:
         self,
         context: Context,
         intake: Intake,
+        jobs: Jobs,
         journal: Journal,
         settler: Settler,
         publisher: Publisher,
@@ -46,6 +51,7 @@ class Api:
     ) -> None:
         self._context = context
         self._intake = intake
+        self._jobs = jobs
         self._journal = journal
         self._settler = settler
         self._publisher = publisher
@@ -66,6 +72,7 @@ class Api:
         app.get(f"{market}/jobs")(self._views.jobs)
         app.post(f"{market}/jobs", status_code=201)(self.submit)
         app.get(job)(self._views.job)
+        app.post(f"{job}/cancel")(self.cancel)
         app.get(f"{job}/events")(self.events)
         app.get(f"{job}/events/stream")(self.event_stream)
         app.get(f"{job}/metrics")(self.metrics)
@@ -118,6 +125,21 @@ class Api:
             "coordinator": self._context.account.address,
             "escrow_deadline_s": row.escrow_deadline_s,
         }
+
+    async def cancel(self, job_id: str, request: Request) -> dict[str, Any]:
+        """Takes a signed order to end the job; answers with the job as it is then."""
+        body = await _capped_body(request, MAX_RECORD_BYTES)
+        try:
+            command = Signed[JobCommand].decode(body)
+        except PeerFault as error:
+            raise InvalidRequest(error.message, code="malformed_command") from None
+        if command.record.job_id != job_id:
+            raise InvalidRequest(
+                f"The order is for job {command.record.job_id}; send it to that job.",
+                code="wrong_job",
+            )
+        await self._jobs.cancel(command)
+        return await self._views.job(job_id)
 
     async def events(self, job_id: str, after: int = 0) -> dict[str, Any]:
         """The job's events after a sequence number."""

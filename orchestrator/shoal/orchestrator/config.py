@@ -41,7 +41,7 @@ class OrchestratorConfig(BaseModel):
     min_stake_micros: int = Field(default=1_000_000, ge=0)
     heartbeat_ms: int = Field(default=1_000, ge=10)
     epoch_ms: int = Field(default=5_000, ge=100)
-    max_units_per_lease: int = Field(default=32, ge=1)
+    max_units_per_lease: int = Field(default=128, ge=1)
     start_timeout_ms: int = Field(default=10_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
     lease_ceiling_ms: int = Field(default=3_600_000, ge=100)

@@ -18,8 +18,8 @@ from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import JobRow
-from shoal.protocol.errors import OverBudget, ShoalError, Unavailable
-from shoal.protocol.job import Job, JobState
+from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, ShoalError, Unavailable
+from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
 from shoal.protocol.policy import BaseModelRef
@@ -31,6 +31,12 @@ _log = logging.getLogger(__name__)
 _CHAIN_RETRY_S = 1.0
 _SETTLING = "settling, then "
 _DEFECT = "a defect of the orchestrator; its log has the details"
+
+
+class JobCancelled(InvalidRequest):
+    """The requester took the job back."""
+
+    default_code = "job_cancelled"
 
 
 class Jobs:
@@ -104,6 +110,25 @@ class Jobs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def cancel(self, command: Signed[JobCommand]) -> None:
+        """The job ends as soon as what was handed in is judged; ended jobs stay as they are.
+
+        Raises:
+            NotFound: there is no such job.
+            Unauthorised: somebody else than its requester signed.
+        """
+        job_id = command.record.job_id
+        row = await self._context.database.run(lambda session: session.get(JobRow, job_id))
+        if row is None:
+            raise NotFound(f"There is no job {job_id}; `shoal jobs` lists them.", code="no_job")
+        job = Signed[Job].model_validate_json(row.record).record
+        command.require_signer(self._context.domain, job.requester)
+        run = self._running.get(job_id)
+        if run is not None:
+            run.halt(JobCancelled("cancelled by its requester"))
+        elif row.state == JobState.FUNDING.value:
+            await self._finish(job_id, JobState.CANCELLED, "cancelled by its requester")
+
     async def close(self) -> None:
         """Stops driving all jobs; their records stay as they are."""
         for task in list(self._tasks):
@@ -157,6 +182,12 @@ class Jobs:
             self._context.config.resolved_models_dir(),
             allow_local=self._context.config.allow_local_models,
         )
+        # Pins do not outlive a process, and a blob may have been dropped before this one.
+        for file in base.files:
+            if self._context.blobs.has(file.blob.sha256):
+                self._context.blobs.pin(file.blob.sha256)
+            else:
+                self._context.blobs.put_file(folder / file.path, pin=True)
         return Learner(job, base, folder, self.run_dir(job.job_id()))
 
     def run_dir(self, job_id: str) -> Path:
@@ -214,6 +245,8 @@ async def _run(run: JobRun) -> tuple[JobState, str]:
         await run.run()
     except OverBudget as error:
         return JobState.PAUSED, error.message
+    except JobCancelled as error:
+        return JobState.CANCELLED, error.message
     except ShoalError as error:
         return JobState.FAILED, error.message
     except Exception:

@@ -63,6 +63,8 @@ class Journal:
 
         def write(session: Session) -> None:
             also(session)
+            # The event may refer to a row written just now, and only a flush orders the two.
+            session.flush()
             session.add(row)
 
         await self._context.database.run(write)

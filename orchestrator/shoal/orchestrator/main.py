@@ -76,7 +76,14 @@ class Orchestrator:
         )
         views = Views(context, self.jobs, self.roster, self.auctioneer)
         self.api = Api(
-            context, self.intake, self.journal, self.settler, self.publisher, views, self.roster
+            context,
+            self.intake,
+            self.jobs,
+            self.journal,
+            self.settler,
+            self.publisher,
+            views,
+            self.roster,
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -174,6 +181,16 @@ async def run_orchestrator(config: OrchestratorConfig) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop.set)
+    await serve(config, stop, _announce)
+
+
+async def serve(
+    config: OrchestratorConfig, stop: asyncio.Event, on_ready: Callable[[str, Context], None]
+) -> None:
+    """One orchestrator of real parts has run until ``stop`` was set.
+
+    ``on_ready`` is called with the API's URL once everything answers.
+    """
     listening = _bind(config.api_host, config.api_port)
     api_url = f"http://{config.public_host}:{listening.getsockname()[1]}"
     async with open_context(config) as context:
@@ -193,7 +210,7 @@ async def run_orchestrator(config: OrchestratorConfig) -> None:
         server = _server(orchestrator.api.app())
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:
-            _announce(api_url, context)
+            on_ready(api_url, context)
             await orchestrator.run(stop)
         finally:
             server.should_exit = True

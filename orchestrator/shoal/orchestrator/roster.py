@@ -106,15 +106,19 @@ class Roster:
             joined_ms=now_ms,
         )
         await self._context.database.run(lambda session: session.merge(row) and None)
+        # It may have gone while the chain and the database were asked.
+        connected = peer in self._context.network.peers()
         known = self._members.get(peer)
         if known is not None:
-            known.connected, known.last_seen_ms = True, now_ms
+            known.connected, known.last_seen_ms = connected, now_ms
+            known.name, known.device = request.name, request.device
             return known
         member = Member(
             node=peer,
             account=binding.account,
             name=request.name,
             device=request.device,
+            connected=connected,
             last_seen_ms=now_ms,
         )
         self._members[peer] = member

@@ -14,7 +14,7 @@ from eth_abi.abi import encode as abi_encode
 from eth_utils.crypto import keccak
 from pydantic import Field, model_validator
 
-from shoal.protocol.ids import Address, JobId, Name
+from shoal.protocol.ids import Address, Hex32, JobId, Name
 from shoal.protocol.money import MicrosField
 from shoal.protocol.record import MAX_INT, Record
 from shoal.protocol.signing import SignableRecord
@@ -197,11 +197,37 @@ class Job(SignableRecord):
         return JobId("0x" + keccak(encoded).hex())
 
 
+class JobCommandKind(StrEnum):
+    """What a requester may tell a running job."""
+
+    CANCEL = "cancel"
+
+
+class JobCommand(SignableRecord):
+    """A requester's order to one of its jobs.
+
+    Writer: the requester, who signs it.  Reader: the orchestrator.  Giving the same order
+    twice changes nothing, so it needs no nonce.
+    """
+
+    job_id: Hex32
+    kind: JobCommandKind
+
+    eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("jobId", "bytes32"),
+        ("kind", "string"),
+    )
+
+    def eip712_message(self) -> dict[str, Any]:
+        """The fields the requester signs."""
+        return {"jobId": bytes.fromhex(self.job_id[2:]), "kind": self.kind.value}
+
+
 class JobState(StrEnum):
     """Where a job is.
 
-    ``FUNDING → RUNNING → DRAINING → COMPLETE | CANCELLED | FAILED → CLOSED``; ``PAUSED``
-    joins ``RUNNING`` both ways.
+    ``FUNDING → RUNNING → DRAINING → COMPLETE | CANCELLED | FAILED | PAUSED``.  A job is paused
+    when its money is used up: its last version is released and its escrow stays open.
     """
 
     FUNDING = "funding"

@@ -37,7 +37,7 @@ class LotClass(Record):
     kind: TaskKind
     environment_sha256: Sha256
     policy_sha256: Sha256
-    token_bucket: int = Field(ge=1)
+    token_bucket: int = Field(ge=1, le=MAX_INT)
     verification_tier: int = Field(default=1, ge=1, le=9)
 
 

@@ -103,7 +103,7 @@ class HelloReply(Record):
     wants to trust no one points its worker at a node of its own.
     """
 
-    protocol_version: int
+    protocol_version: int = Field(ge=0, le=MAX_UNITS)
     software_version: Name
     domain: Domain
     contracts: ContractAddresses
@@ -133,7 +133,7 @@ class OpenJob(Record):
     job_id: Hex32
     name: Name
     model: Name
-    num_parameters: int = Field(ge=1)
+    num_parameters: int = Field(ge=1, le=MAX_INT)
     lora: LoraSpec
     reserve_micros: dict[TaskKind, MicrosField]
     epoch: int = Field(ge=0, le=MAX_UNITS)
@@ -155,7 +155,7 @@ class LeaseOffer(Record):
     lease: Signed[Lease]
     task: Task
     upload_token: str = Field(pattern=r"^[0-9a-f]{32,128}$")
-    max_result_bytes: int = Field(ge=1)
+    max_result_bytes: int = Field(ge=1, le=MAX_INT)
 
 
 class LeaseReply(Record):
@@ -195,7 +195,6 @@ class IdleReason(StrEnum):
     NO_JOBS = "no_jobs"
     ABOVE_RESERVE = "above_reserve"
     OUTBID = "outbid"
-    NO_STAKE = "no_stake"
     STARTING = "starting"
 
 

@@ -28,7 +28,7 @@ class BaseModelRef(Record):
 
     name: Name
     files: tuple[ModelFile, ...] = Field(min_length=1, max_length=512)
-    num_parameters: int = Field(ge=1)
+    num_parameters: int = Field(ge=1, le=MAX_INT)
 
     def content_digest(self) -> Digest:
         """Digest of the files alone, whatever the model is called."""

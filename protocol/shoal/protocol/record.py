@@ -25,7 +25,7 @@ class Record(BaseModel):
     record or a `PeerFault`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON data."""

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 from eth_account import Account as EthAccount
 from eth_account.messages import encode_typed_data
 from eth_account.signers.local import LocalAccount
+from pydantic import Field
 
 from shoal.protocol.errors import PeerFault, Unauthorised
 from shoal.protocol.ids import Account, Address, Hex65
-from shoal.protocol.record import Record
+from shoal.protocol.record import MAX_INT, Record
 
 _HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
 _RECOVERY_IDS = (27, 28)
@@ -25,7 +26,7 @@ class Domain(Record):
     Writer: the orchestrator, in its greeting.  Reader: every signer and verifier.
     """
 
-    chain_id: int
+    chain_id: int = Field(gt=0, le=MAX_INT)
     escrow: Address
 
     def eip712(self) -> dict[str, Any]:

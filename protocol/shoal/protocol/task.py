@@ -58,7 +58,7 @@ class EvaluateTask(Record):
     lora: LoraSpec
     environments: tuple[EnvSpec, ...] = Field(min_length=1, max_length=64)
     prompts: tuple[PromptRef, ...] = Field(min_length=1, max_length=MAX_PROMPTS)
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=1, le=MAX_INT)
 
 
 class GradientTask(Record):
@@ -79,8 +79,8 @@ class GradientTask(Record):
     loss_sha256: Sha256
     temperature: float = Field(gt=0, le=10)
     slice: BlobRef
-    num_rows: int = Field(ge=1)
-    num_groups: int = Field(ge=1)
+    num_rows: int = Field(ge=1, le=MAX_INT)
+    num_groups: int = Field(ge=1, le=MAX_INT)
 
 
 Task = Annotated[RolloutTask | GradientTask | EvaluateTask, Field(discriminator="kind")]

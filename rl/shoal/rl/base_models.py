@@ -54,9 +54,9 @@ RECIPES: dict[str, WarmStart] = {
     "tiny-chain-sum": WarmStart(
         environment=EnvSpec(
             id="reasoning_gym:chain_sum",
-            args={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+            args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
         ),
-        steps=325,
+        steps=210,
     ),
 }
 

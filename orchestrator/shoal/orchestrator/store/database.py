@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from shoal.protocol.errors import InvalidRequest, Unavailable
@@ -31,7 +31,11 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._engine = _open_engine(url)
-        _migrate(self._engine)
+        try:
+            _migrate(self._engine)
+        except BaseException:
+            self._engine.dispose()
+            raise
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
 
@@ -62,7 +66,8 @@ class Database:
 
 def _open_engine(url: str) -> Engine:
     try:
-        engine = create_engine(url)
+        # Each connection is tried before use: the server may have been restarted.
+        engine = create_engine(url, pool_pre_ping=True)
     except (SQLAlchemyError, ImportError) as error:
         raise InvalidRequest(
             f"The database URL {url.split('@')[-1]!r} cannot be used: {error}; write "
@@ -91,7 +96,7 @@ def _migrate(engine: Engine) -> None:
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-    except OperationalError as error:
+    except DBAPIError as error:
         raise Unavailable(
             f"The database at {engine.url.render_as_string(hide_password=True)} cannot be "
             f"opened: {error.orig}; check that it runs and that the URL is right.",

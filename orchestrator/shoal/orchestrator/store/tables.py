@@ -10,7 +10,6 @@ from sqlalchemy import (
     Integer,
     String,
     Text,
-    UniqueConstraint,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -66,7 +65,6 @@ class BidRow(Base):
     """One signed bid, kept with the time it was received."""
 
     __tablename__ = "bids"
-    __table_args__ = (UniqueConstraint("account", "node", "nonce"),)
 
     bid_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     account: Mapped[str] = mapped_column(String(42))

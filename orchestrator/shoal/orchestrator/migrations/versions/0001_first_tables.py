@@ -20,7 +20,6 @@ def upgrade() -> None:
         sa.Column("record", sa.Text(), nullable=False),
         sa.Column("received_ms", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("bid_sha256"),
-        sa.UniqueConstraint("account", "node", "nonce"),
     )
     with op.batch_alter_table("bids", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_bids_node"), ["node"], unique=False)
