@@ -125,9 +125,7 @@ class MemoryChain:
 
     async def stake_of(self, account: str) -> Stake:
         self._answer()
-        return Stake(
-            active_micros=self.stakes.get(account, 0), unbonding_micros=0, unbond_at_s=0
-        )
+        return Stake(active_micros=self.stakes.get(account, 0), unbonding_micros=0, unbond_at_s=0)
 
     async def escrow(self, job_id: str) -> EscrowState:
         self._answer()
@@ -157,9 +155,7 @@ class MemoryChain:
         self.escrows[post.job_id] = escrow.model_copy(
             update={"epoch": post.epoch, "committed_micros": post.cumulative_micros}
         )
-        self.posted.append(
-            PostedEpoch(**post.model_dump(), tx_hash=mined.tx_hash, block_number=7)
-        )
+        self.posted.append(PostedEpoch(**post.model_dump(), tx_hash=mined.tx_hash, block_number=7))
         if self.lose_receipt:
             self.lose_receipt = False
             raise Unavailable("The connection broke before the receipt came.")
@@ -558,5 +554,5 @@ async def arrival(queue: asyncio.Queue[_T]) -> _T:
 async def until(condition: Callable[[], bool]) -> None:
     """Returns once ``condition`` holds; lets everything that is ready run in between."""
     async with asyncio.timeout(TIMEOUT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - there is no event for every condition
             await asyncio.sleep(0.001)

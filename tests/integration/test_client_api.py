@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from client_records import INFO, job
 
 from shoal.client import api
 from shoal.client.api import ShoalClient
@@ -19,30 +20,9 @@ from shoal.client.download import download_model
 from shoal.client.follow import follow_job
 from shoal.client.output import Output
 from shoal.protocol.errors import InvalidRequest, NotFound, PeerFault, Unavailable
-from tests.unit.test_client_picture import job
 
 JOB_ID = "0x" + "12" * 32
 WEIGHTS = b"weights" * 1000
-INFO: dict[str, Any] = {
-    "software_version": "0.1.0",
-    "protocol_version": 1,
-    "domain": {"chain_id": 31337, "escrow": "0x" + "1" * 40},
-    "contracts": {
-        "token": "0x" + "2" * 40,
-        "stake_vault": "0x" + "3" * 40,
-        "job_escrow": "0x" + "1" * 40,
-        "provenance_log": "0x" + "4" * 40,
-    },
-    "orchestrator": "0x" + "5" * 40,
-    "peer_id": "12D3",
-    "p2p_addresses": [],
-    "blob_urls": [],
-    "api_url": "",
-    "rpc_urls": [],
-    "min_stake_micros": 1,
-    "challenge_window_s": 0,
-}
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -192,27 +172,89 @@ def test_following_survives_an_orchestrator_s_restart(
     assert "Still trying" in captured.err
 
 
-def model_routes(content: bytes, *, claims: dict[str, object]) -> dict[str, Handler]:
-    digest = hashlib.sha256(WEIGHTS).hexdigest()
-    file = {"path": "adapter_model.safetensors", "sha256": digest, "size_bytes": len(WEIGHTS)}
+CONFIG = b'{"model_type": "llama"}'
+
+
+def named(path: str, content: bytes) -> dict[str, Any]:
+    return {
+        "path": path,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size_bytes": len(content),
+    }
+
+
+def model_routes(
+    content: bytes, *, claims: dict[str, object], base: str = "some/hub-model", base_file: str = ""
+) -> dict[str, Handler]:
+    """A published adapter that is served as ``content``, and its base of one file."""
+    file, config = named("adapter_model.safetensors", WEIGHTS), named("config.json", CONFIG)
+    blob = {key: config[key] for key in ("sha256", "size_bytes")}
+    files = [{"path": base_file or "config.json", "blob": blob}]
+    running = Unavailable("The job is running.", code="not_final")
 
     async def info(request: web.Request) -> web.StreamResponse:
         return web.json_response(INFO | {"blob_urls": [str(request.url.origin())]})
 
     return {
         "/v1/market/info": info,
-        f"/v1/models/{JOB_ID}": answers({"files": [file | claims], "base": {}}),
-        f"/blobs/{digest}": sends(content),
+        f"/v1/models/{JOB_ID}": answers(
+            {"files": [file | claims], "base": {"name": base, "files": files, "num_parameters": 1}}
+        ),
+        f"/v1/provenance/{JOB_ID}/bundle": answers(running.to_wire(), status=503),
+        f"/blobs/{file['sha256']}": sends(content),
+        f"/blobs/{config['sha256']}": sends(CONFIG),
     }
 
 
 def test_a_model_is_downloaded_and_checked(tmp_path: Path) -> None:
     async def use(client: ShoalClient, url: str) -> None:
-        (path,) = await download_model(client, JOB_ID, tmp_path / "model")
+        model = await download_model(client, JOB_ID, tmp_path / "model")
+        (path,) = model.files
         assert path.read_bytes() == WEIGHTS
+        # A hub's base is not fetched, and a running job has no bundle.
         assert list((tmp_path / "model").iterdir()) == [path]
+        assert (model.base, model.bundle) == ("some/hub-model", None)
 
     with_server(model_routes(WEIGHTS, claims={}), use)
+
+
+def test_a_base_that_is_on_no_hub_comes_with_the_bundle(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    routes = model_routes(WEIGHTS, claims={}, base="builtin:tiny")
+    routes[f"/v1/provenance/{JOB_ID}/bundle"] = sends(b"the bundle")
+
+    async def use(client: ShoalClient, url: str) -> None:
+        model = await download_model(client, JOB_ID, folder)
+        assert model.base == str(folder / "base")
+        assert (folder / "base/config.json").read_bytes() == CONFIG
+        assert (folder / "bundle.json").read_bytes() == b"the bundle"
+        assert [path.name for path in model.files] == ["adapter_model.safetensors"]
+        assert str(folder / "base") in "".join(model.python())
+
+    with_server(routes, use)
+    # What is there already is not fetched again; what was changed is.
+    (folder / "base/config.json").write_bytes(b"x" * len(CONFIG))
+    routes[f"/blobs/{hashlib.sha256(WEIGHTS).hexdigest()}"] = sends(b"", status=404)
+    with_server(routes, use)
+
+
+@pytest.mark.parametrize("path", ["modeling.py", "weights.bin", "../config.json"])
+def test_a_base_of_other_files_than_a_model_s_is_refused(tmp_path: Path, path: str) -> None:
+    async def use(client: ShoalClient, url: str) -> None:
+        with pytest.raises(PeerFault):
+            await download_model(client, JOB_ID, tmp_path)
+        assert os.listdir(tmp_path) == []
+
+    with_server(model_routes(WEIGHTS, claims={}, base="/models/own", base_file=path), use)
+
+
+def test_a_paused_job_is_not_followed_for_ever() -> None:
+    async def use(client: ShoalClient, url: str) -> None:
+        assert (await client.wait(JOB_ID, timeout_s=5)).ended
+        view = await follow_job(client, JOB_ID, Output(json_mode=True))
+        assert view.state.value == "paused"
+
+    with_server({f"/v1/market/jobs/{JOB_ID}": answers(job(state="paused"))}, use)
 
 
 @pytest.mark.parametrize("content", [b"other" + WEIGHTS[5:], WEIGHTS[:-1], WEIGHTS + b"x"])

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client_records import INFO
+from eth_abi.abi import encode as abi_encode
 from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
+from eth_utils.crypto import keccak
 
 from shoal.client.api import ShoalClient
 from shoal.client.demo import example_job
+from shoal.client.escrow import Refund, refund_rest
 from shoal.client.jobfile import load_job_file
 from shoal.client.submission import submit_job
 from shoal.client.views import MarketInfo, SubmittedJob
 from shoal.contracts.anvil import Anvil, dev_account
 from shoal.contracts.deployment import deploy
 from shoal.contracts.gateway import ChainGateway
-from shoal.protocol.errors import NotFound, OverBudget, PeerFault
+from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, PeerFault
 from shoal.protocol.job import Job, JobState
 from shoal.protocol.signing import Signed
-from tests.integration.test_client_api import INFO
 
 COORDINATOR = "0x" + "5" * 40
 
@@ -117,3 +120,42 @@ def test_an_account_without_the_budget_sends_nothing(tmp_path: Path) -> None:
             await gateway.escrow("0x" + "12" * 32)
 
     on_chain(tmp_path, use, micros=spec.budget.max_total_micros - 1, changes={})
+
+
+def test_what_no_epoch_committed_comes_back_once_the_escrow_is_closed(tmp_path: Path) -> None:
+    async def use(client: Answers, gateway: ChainGateway, account: LocalAccount) -> None:
+        digest = b"\x01" * 32
+        deadline_s = await gateway.now_s() + 1_000
+        await gateway.open_job(digest, account.address, 900, deadline_s)
+        job_id = job_id_of(account.address, digest)
+        with pytest.raises(InvalidRequest, match=r"from \d{4}-\d\d-\d\d .* UTC on") as caught:
+            await refund_rest(gateway, job_id)
+        assert caught.value.code == "refund_too_early"
+        assert await gateway.token_balance(account.address) == 100
+        await gateway.close_job(job_id)
+        first, second = [await refund_rest(gateway, job_id) for _ in range(2)]
+        assert first == Refund(refunded_micros=900, sent_now=True)
+        assert second == Refund(refunded_micros=900, sent_now=False)
+        assert await gateway.token_balance(account.address) == 1_000
+        with pytest.raises(NotFound):
+            await refund_rest(gateway, "0x" + "12" * 32)
+
+    on_chain(tmp_path, use, micros=1_000, changes={})
+
+
+def test_an_escrow_past_its_deadline_is_refunded_though_nobody_closed_it(tmp_path: Path) -> None:
+    async def use(client: Answers, gateway: ChainGateway, account: LocalAccount) -> None:
+        digest = b"\x02" * 32
+        # The chain's clock moves with its blocks; two more pass this deadline.
+        deadline_s = await gateway.now_s() + 2
+        await gateway.open_job(digest, account.address, 1_000, deadline_s)
+        job_id = job_id_of(account.address, digest)
+        while await gateway.now_s() < deadline_s:
+            await gateway.transfer(account.address, 0)
+        assert await refund_rest(gateway, job_id) == Refund(refunded_micros=1_000, sent_now=True)
+
+    on_chain(tmp_path, use, micros=1_000, changes={})
+
+
+def job_id_of(account: str, digest: bytes) -> str:
+    return "0x" + keccak(abi_encode(["address", "bytes32"], [account, digest])).hex()

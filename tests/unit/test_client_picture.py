@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 import pytest
+from client_records import drawn, job
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from shoal.client.follow import plain_line
 from shoal.client.picture import dollars, duration, picture_of, sparkline
 from shoal.client.views import JobView, parse_view
 from shoal.protocol.errors import PeerFault
-
-
-def job(**changes: object) -> dict[str, Any]:
-    return {
-        "job_id": "0x" + "12" * 32,
-        "name": "addition",
-        "requester": "0x" + "ab" * 20,
-        "state": "running",
-        "policy_version": 75,
-        "max_steps": 150,
-        "created_ms": 1,
-        "budget_micros": 25_000_000,
-        "spent_micros": 5_250_000,
-        "reward_recent": 0.5,
-        "eta_s": 67.0,
-        "evaluations": [
-            {"policy_version": 0, "accuracy": 0.1, "num_examples": 512},
-            {"policy_version": 50, "accuracy": 0.45, "num_examples": 512},
-        ],
-        "workers": [
-            {
-                "account": "0x" + "cd" * 20,
-                "node": "12D3",
-                "name": "worker-1",
-                "connected": False,
-                "tasks": {"rollout": {"leased": 9, "accepted": 7, "rejected": 1, "expired": 1}},
-                "earned_micros": 2_000_000,
-                "price_micros": {"rollout": 800},
-            }
-        ],
-        **changes,
-    }
-
-
-def drawn(*parts: Any, width: int = 80) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=False)
-    for part in parts:
-        console.print(part)
-    return out.getvalue()
 
 
 def test_the_picture_holds_the_figures_in_80_columns() -> None:

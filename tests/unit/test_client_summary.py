@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from client_records import drawn, job
 from pydantic import ValidationError
 
 from shoal.client.summary import (
@@ -17,7 +18,6 @@ from shoal.client.summary import (
 from shoal.client.views import JobView, parse_view
 from shoal.contracts.records import Payment
 from shoal.protocol.market import TaskKind
-from tests.unit.test_client_picture import drawn, job
 
 
 def payment(account: str, amount_micros: int) -> Payment:

@@ -8,11 +8,12 @@ import pytest
 from eth_account import Account as EthAccount
 from worker_double import MemoryChain
 
+from shoal.contracts.records import Mined, StakeInfo
 from shoal.network.identity import NodeIdentity
 from shoal.protocol.errors import Unauthorised
 from shoal.protocol.money import Micros
 from shoal.worker.session import Credentials
-from shoal.worker.stake import ensure_bound, ensure_stake
+from shoal.worker.stake import ensure_bound, ensure_stake, take_back_stake
 
 ACCOUNT = "0x" + "5" * 40
 MINIMUM = 5_000_000
@@ -66,3 +67,56 @@ def test_a_node_key_is_bound_once_and_never_taken_from_another() -> None:
     chain.nodes[key] = ACCOUNT
     with pytest.raises(Unauthorised, match=ACCOUNT):
         asyncio.run(ensure_bound(chain, credentials))
+
+
+class Vault:
+    """An account's stake as the contract keeps it, with a waiting time of 100 s."""
+
+    def __init__(self, active: int) -> None:
+        self.active, self.unbonding, self.unbond_at_s = active, 0, 0
+        self.time_s = 1_000
+        self.requests: list[int] = []
+
+    async def now_s(self) -> int:
+        return self.time_s
+
+    async def stake_of(self, account: str) -> StakeInfo:
+        return StakeInfo(
+            active_micros=self.active,
+            unbonding_micros=self.unbonding,
+            unbond_at_s=self.unbond_at_s,
+        )
+
+    async def request_unbond(self, amount_micros: int) -> Mined:
+        self.requests.append(amount_micros)
+        self.active -= amount_micros
+        self.unbonding += amount_micros
+        self.unbond_at_s = self.time_s + 100
+        return mined()
+
+    async def withdraw_stake(self) -> Mined:
+        assert self.time_s >= self.unbond_at_s
+        self.unbonding, self.unbond_at_s = 0, 0
+        return mined()
+
+
+def mined() -> Mined:
+    return Mined(tx_hash="0x" + "7" * 64, block_number=1, gas_used=1)
+
+
+def test_a_stake_is_taken_back_in_two_steps_and_asking_often_delays_nothing() -> None:
+    vault = Vault(5)
+
+    def take() -> tuple[int, int, int]:
+        outcome = asyncio.run(take_back_stake(vault, ACCOUNT))
+        return outcome.withdrawn_micros, outcome.unbonding_micros, outcome.ready_at_s
+
+    assert take() == (0, 5, 1_100)
+    vault.time_s, vault.active = 1_050, 2
+    assert take() == (0, 5, 1_100)
+    vault.time_s = 1_100
+    assert take() == (5, 2, 1_200)
+    vault.time_s = 1_200
+    assert take() == (2, 0, 0)
+    assert take() == (0, 0, 0)
+    assert vault.requests == [5, 2]

@@ -21,7 +21,7 @@ from shoal.client.views import (
     parse_view,
 )
 from shoal.protocol.errors import Clock, Expired, PeerFault, Unavailable, error_from_wire
-from shoal.protocol.job import Job
+from shoal.protocol.job import Job, JobCommand
 from shoal.protocol.signing import Signed
 
 REQUEST_TIMEOUT_S = 20.0
@@ -114,6 +114,16 @@ class ShoalClient:
         """
         return parse_view(JobView, await self._get(f"/v1/market/jobs/{job_id}"))
 
+    async def cancel(self, order: Signed[JobCommand]) -> JobView:
+        """The job ends once what was handed in is settled; one that has ended stays as it is.
+
+        Raises:
+            NotFound: the orchestrator has no such job.
+            Unauthorised: somebody else than the job's requester signed.
+        """
+        path = f"/v1/market/jobs/{order.record.job_id}/cancel"
+        return parse_view(JobView, _parse_json(await self._post(path, order.to_json()), self.url))
+
     async def events(self, job_id: str, *, after: int = 0) -> tuple[JobEvent, ...]:
         """What happened after event number ``after``, oldest first."""
         answer = await self._get(f"/v1/market/jobs/{job_id}/events?after={after}")
@@ -128,18 +138,18 @@ class ShoalClient:
         while True:
             # The state is read first: an event written between the two reads is then
             # either in this page or followed by another round.
-            finished = (await self.job(job_id)).finished
+            ended = (await self.job(job_id)).ended
             page = await self.events(job_id, after=after)
             for event in page:
                 after = max(after, event.seq)
                 yield event
-            if finished and not page:
+            if ended and not page:
                 return
             if not page:
                 await asyncio.sleep(POLL_INTERVAL_S)
 
     async def wait(self, job_id: str, *, timeout_s: float | None = None) -> JobView:
-        """The job, once its state is final.
+        """The job, once it has ended.
 
         Raises:
             Expired: it did not finish within ``timeout_s``.
@@ -148,7 +158,7 @@ class ShoalClient:
             async with asyncio.timeout(timeout_s):
                 while True:
                     view = await self.job(job_id)
-                    if view.finished:
+                    if view.ended:
                         return view
                     await asyncio.sleep(POLL_INTERVAL_S)
         except TimeoutError:

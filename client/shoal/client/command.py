@@ -32,6 +32,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("up", "Start a market on this machine: chain, orchestrator, workers."),
     "submit": ("submit", "Submit a job file and pay for it."),
     "jobs": ("jobs", "List jobs, or show one."),
+    "cancel": ("cancel", "End a job; what was handed in is paid."),
+    "refund": ("refund", "Take back what an ended job did not spend."),
     "logs": ("logs", "Show what happened to a job."),
     "models": ("models", "Download trained models."),
     "worker": ("worker", "Offer this machine's compute, and collect its pay."),

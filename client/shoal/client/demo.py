@@ -16,6 +16,7 @@ from shoal.client.children import Child
 from shoal.client.devnet import Devnet, DevnetOptions, module_command
 from shoal.client.devnet_files import DevnetFolder
 from shoal.client.download import download_model
+from shoal.client.escrow import refund_rest
 from shoal.client.follow import follow_job
 from shoal.client.jobfile import load_job_file
 from shoal.client.output import Output
@@ -204,8 +205,7 @@ class _DemoRun:
                 f"job's end; the logs are in {self._devnet.folder.root}.",
                 clock=Clock.DEADLINE,
             ) from None
-        if state.funded_micros > state.committed_micros:
-            await gateway.refund(job_id)
+        await refund_rest(gateway, job_id)
 
     async def _claim_for(self, name: str) -> None:
         folder = self._devnet.folder
@@ -229,9 +229,9 @@ class _DemoRun:
         wall_s: float,
     ) -> DemoSummary:
         out = self._options.out
-        await download_model(client, job_id, out / "adapter")
-        (out / "metrics.jsonl").write_bytes(await client.metrics(job_id))
         (out / "bundle.json").write_bytes(await _final_bundle(client, job_id))
+        (out / "metrics.jsonl").write_bytes(await client.metrics(job_id))
+        await download_model(client, job_id, out / "adapter")
         view = await client.job(job_id)
         payments = await gateway.payments(job_id)
         totals = await gateway.totals()

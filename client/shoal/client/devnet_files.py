@@ -58,7 +58,7 @@ class WorkerProfile:
 # Each asks more and holds no more than the one before it, and yields the processor sooner:
 # different prices and different speeds.
 _PROFILES = (
-    ("0.0002", "0.0001", "0.00001", 128, 0),
+    ("0.0002", "0.0001", "0.00001", 96, 0),
     ("0.00025", "0.00012", "0.000012", 96, 3),
     ("0.0003", "0.00015", "0.000015", 96, 6),
 )

@@ -109,7 +109,7 @@ async def follow_job(
                 watch.see(view)
                 if on_view is not None:
                     await on_view(view)
-                if view.finished:
+                if view.ended:
                     return view
             await asyncio.sleep(POLL_S)
 
@@ -124,7 +124,7 @@ def plain_line(view: JobView) -> str:
     parts.append(f"spent {dollars(view.spent_micros)} of {dollars(view.budget_micros)}")
     connected = sum(worker.connected for worker in view.workers)
     parts.append(f"{connected} workers")
-    if not view.finished:
+    if not view.ended:
         parts.append(time_left(view))
     elif view.reason:
         parts.append(view.reason)

@@ -52,6 +52,10 @@ class Output:
             # A path or an address cut in two by a line break cannot be copied.
             self.console.print(line, soft_wrap=isinstance(line, str))
 
+    def warn(self, sentence: str) -> None:
+        """Writes one sentence to standard error."""
+        sys.stderr.write(f"shoal: {sentence}\n")
+
     def emit(self, data: object) -> None:
         """Writes one JSON document, on one line, to standard output."""
         sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")

@@ -55,7 +55,7 @@ def _figures(view: JobView, rewards: Sequence[float]) -> Table:
     grid.add_column(width=_BAR_WIDTH)
     grid.add_column(no_wrap=True)
     steps = Text(f"{view.policy_version}/{view.max_steps}", style="bold")
-    if not view.finished:
+    if not view.ended:
         steps.append(f"  {time_left(view)}", style="dim")
     grid.add_row("policy version", _bar(view.policy_version, view.max_steps, "cyan"), steps)
     reward = "—" if view.reward_recent is None else f"{view.reward_recent:.3f}"

@@ -11,18 +11,20 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shoal.protocol.blob import MAX_BLOB_BYTES, BlobRef
 from shoal.protocol.errors import PeerFault
 from shoal.protocol.ids import Address, Hex32, Sha256
 from shoal.protocol.job import JobState
 from shoal.protocol.node import ContractAddresses
+from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.record import first_fault
 from shoal.protocol.signing import Domain
 
 _V = TypeVar("_V", bound="View")
 
 MAX_LIST = 100_000
-FINISHED = frozenset({JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED})
-"""The states a job does not leave."""
+ENDED = frozenset({JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED})
+"""The states in which nothing more is done for a job; a paused one has used up its money."""
 
 
 class View(BaseModel):
@@ -153,9 +155,9 @@ class JobView(View):
     model: ModelView | None = None
 
     @property
-    def finished(self) -> bool:
-        """Whether the job's state is final."""
-        return self.state in FINISHED
+    def ended(self) -> bool:
+        """Whether nothing more is done for the job."""
+        return self.state in ENDED
 
 
 class JobEvent(View):
@@ -172,13 +174,18 @@ class ModelFileView(View):
 
     path: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")
     sha256: Sha256
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, le=MAX_BLOB_BYTES)
+
+    def blob(self) -> BlobRef:
+        """The file's bytes."""
+        return BlobRef(sha256=self.sha256, size_bytes=self.size_bytes)
 
 
 class PublishedModel(View):
-    """A job's adapter folder."""
+    """A job's adapter folder, and the base it belongs to."""
 
     files: tuple[ModelFileView, ...] = Field(min_length=1, max_length=512)
+    base: BaseModelRef
 
 
 def parse_view(cls: type[_V], data: object) -> _V:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import logging
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
@@ -75,13 +76,17 @@ class LiveLease:
         return self.record.lease
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, order=True)
 class Submission:
-    """A result that arrived in time, waiting for its verdict."""
+    """A result that arrived in time, waiting for its verdict.
 
-    live: LiveLease
-    message: ResultMessage
-    member: Member
+    What the learner waits for is judged first, then what came first.
+    """
+
+    order: tuple[int, ...]
+    live: LiveLease = field(compare=False)
+    message: ResultMessage = field(compare=False)
+    member: Member = field(compare=False)
 
 
 class Dispatcher:
@@ -95,7 +100,8 @@ class Dispatcher:
         self._ended: OrderedDict[str, LeaseRecord] = OrderedDict()
         self._offers: set[asyncio.Task[None]] = set()
         self._fewer = asyncio.Event()
-        self.submissions: asyncio.Queue[Submission] = asyncio.Queue()
+        self.submissions: asyncio.PriorityQueue[Submission] = asyncio.PriorityQueue()
+        self._arrivals = itertools.count()
         self.on_capacity: Callable[[], None] = lambda: None
         """Called when units may be auctioned again."""
         self.on_refusal: Callable[[str, str], None] = lambda node, reason: None
@@ -336,7 +342,14 @@ class Dispatcher:
             self._check_receipt(live, message, digest)
             # Queued before it is stored: what is acknowledged later is always judged.
             self._change(live, record)
-            self.submissions.put_nowait(Submission(live=live, message=message, member=member))
+            self.submissions.put_nowait(
+                Submission(
+                    order=(*live.workload.order(), next(self._arrivals)),
+                    live=live,
+                    message=message,
+                    member=member,
+                )
+            )
             self.on_capacity()
             await self._context.database.run(lambda session: _store(session, record, message))
         return ResultReply(lease_id=result.lease_id, result_sha256=digest)

@@ -55,8 +55,8 @@ class Intake:
 
     async def _admit(self, signed: Signed[Job]) -> JobRow:
         job = signed.record
-        check_budget(job.spec)
         check_size(job.spec)
+        check_budget(job.spec)
         base = await self._context.computed(lambda: self._prepare(job.spec))
         now_ms = self._context.time.now_ms()
         row = JobRow(
@@ -154,6 +154,8 @@ class Intake:
     async def _fund(self, job_id: str, funded_micros: int) -> None:
         def write(session: Session) -> None:
             row = session.get_one(JobRow, job_id)
+            if row.state != JobState.FUNDING.value:
+                raise InvalidRequest(f"Job {job_id} was cancelled while its escrow was looked up.")
             row.funded_micros = funded_micros
             row.state, row.reason = JobState.RUNNING.value, ""
             row.started_ms = self._context.time.now_ms()

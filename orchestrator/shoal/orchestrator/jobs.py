@@ -58,6 +58,7 @@ class Jobs:
         self._auctioneer = auctioneer
         self._publisher = publisher
         self._running: dict[str, JobRun] = {}
+        self._cancelled: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def find(self, job_id: str) -> JobRun | None:
@@ -128,6 +129,9 @@ class Jobs:
             run.halt(JobCancelled("cancelled by its requester"))
         elif row.state == JobState.FUNDING.value:
             await self._finish(job_id, JobState.CANCELLED, "cancelled by its requester")
+        elif row.state == JobState.RUNNING.value:
+            # Its policy is still being loaded; it is halted as soon as there is a run.
+            self._cancelled.add(job_id)
 
     async def close(self) -> None:
         """Stops driving all jobs; their records stay as they are."""
@@ -163,6 +167,8 @@ class Jobs:
         learner = await self._context.computed(lambda: self._load(job, base))
         run = JobRun(self._context, self._journal, self._auctioneer, learner)
         self._running[job_id] = run
+        if job_id in self._cancelled:
+            run.halt(JobCancelled("cancelled by its requester"))
         await run.restore()
         if row.state == JobState.DRAINING.value:
             state, reason = _read_ending(row.reason)
@@ -170,7 +176,13 @@ class Jobs:
             state, reason = await _run(run)
         run.selling = False
         await self._drain(job_id, state, reason)
-        await self._publisher.publish(run)
+        try:
+            await self._publisher.publish(run)
+        except Exception as error:
+            # Whatever became of the model, its workers are owed their pay.
+            _log.exception("publishing_failed", extra={"job_id": job_id})
+            state = JobState.FAILED
+            reason = error.message if isinstance(error, ShoalError) else _DEFECT
         await self._settle_fully(job_id)
         if state is not JobState.PAUSED:
             await self._close_escrow(job_id)

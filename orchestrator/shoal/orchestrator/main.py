@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from shoal.contracts.deployment import load_deployment
 from shoal.contracts.gateway import ChainGateway
+from shoal.models.libraries import load_libraries
 from shoal.network.blob_server import BlobServer
 from shoal.network.blob_store import BlobStore
 from shoal.network.identity import NodeIdentity
@@ -194,7 +195,6 @@ async def serve(
     listening = _bind(config.api_host, config.api_port)
     api_url = f"http://{config.public_host}:{listening.getsockname()[1]}"
     async with open_context(config) as context:
-        await context.computed(_one_thread)
         blob_server: BlobServer | None = None
         orchestrator = Orchestrator(
             context, api_url, lambda: blob_server.url if blob_server else ""
@@ -211,18 +211,13 @@ async def serve(
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:
             on_ready(api_url, context)
+            # In the compute thread, before any job's work: the first job need not wait for it.
+            context.compute.submit(load_libraries, 1)
             await orchestrator.run(stop)
         finally:
             server.should_exit = True
             await serving
             await blob_server.stop()
-
-
-def _one_thread() -> None:
-    import torch
-
-    # Two spinning OpenMP pools on few cores are many times slower than one thread each.
-    torch.set_num_threads(1)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -56,9 +56,10 @@ class Planner:
 
     def rollouts(self, batch: int, policy: PolicyVersion, deliver: Deliver) -> Workload:
         """The rollouts of a batch: one unit for each of its groups."""
+        prompts = self._plan.prompts(batch)
 
         async def build(slots: Sequence[int]) -> RolloutTask:
-            return self._plan.rollout(batch, policy, slots)
+            return self._plan.rollout(batch, policy, prompts, slots)
 
         spec = self._learner.spec
         rows = spec.rollouts_per_example

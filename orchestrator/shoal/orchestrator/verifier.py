@@ -62,7 +62,7 @@ class _Outcome:
 
 
 class Verifier:
-    """Judges submissions one after the other, in the order they came."""
+    """Judges submissions one after the other, the most urgent first."""
 
     def __init__(
         self,
@@ -159,8 +159,9 @@ class Verifier:
         live, result = submission.live, submission.message.result
         learner = self._jobs.learner(live.lease.job_id)
         data = self._context.blobs.read(result.payload.sha256)
-        adapter = self._context.blobs.read(live.task.policy.adapter.sha256)
-        learner.auditor.load_adapter(adapter)
+        if audit:
+            adapter = self._context.blobs.read(live.task.policy.adapter.sha256)
+            learner.auditor.load_adapter(adapter)
         tolerance = learner.spec.verify.logprob_tolerance
         match live.task:
             case RolloutTask() as task:

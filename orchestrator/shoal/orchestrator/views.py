@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -23,6 +23,12 @@ from shoal.protocol.signing import Signed
 _COUNTED = ("accepted", "rejected", "expired", "refused", "revoked")
 
 
+_CHAIN_AGE_MS = 2_000
+_MAX_CHAIN_READS = 10_000
+
+_T = TypeVar("_T")
+
+
 class Views:
     """Read-only answers for requesters, providers and readers."""
 
@@ -33,6 +39,7 @@ class Views:
         self._jobs = jobs
         self._roster = roster
         self._auctioneer = auctioneer
+        self._chain_reads: dict[str, tuple[int, object]] = {}
 
     async def jobs(self) -> list[dict[str, Any]]:
         """All jobs, newest first, without their workers."""
@@ -144,7 +151,9 @@ class Views:
 
     async def _escrow(self, job_id: str) -> dict[str, Any] | None:
         try:
-            escrow = await self._context.chain.escrow(job_id)
+            escrow = await self._recent(
+                f"escrow {job_id}", lambda: self._context.chain.escrow(job_id)
+            )
         except ShoalError:
             # A job whose escrow is not open yet has none to show.
             return None
@@ -157,7 +166,20 @@ class Views:
         }
 
     async def _claimed(self, job_id: str, account: str) -> int:
-        return await self._context.chain.claimed(job_id, account)
+        return await self._recent(
+            f"claimed {job_id} {account}", lambda: self._context.chain.claimed(job_id, account)
+        )
+
+    async def _recent(self, key: str, read: Callable[[], Awaitable[_T]]) -> _T:
+        """What ``read`` gives, a little old perhaps: followers poll several times a second."""
+        now_ms = self._context.time.now_ms()
+        read_at_ms, value = self._chain_reads.get(key, (0, None))
+        if value is None or now_ms - read_at_ms > _CHAIN_AGE_MS:
+            if len(self._chain_reads) >= _MAX_CHAIN_READS:
+                self._chain_reads.clear()
+            value = await read()
+            self._chain_reads[key] = (now_ms, value)
+        return cast("_T", value)
 
 
 def _summary(row: JobRow) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def first_fault(error: ValidationError) -> str:
     """The first thing wrong, as ``field: reason``."""
     fault = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in fault["loc"]) or "value"
-    return f"{where}: {fault['msg']}"
+    # Our own validators' sentences: pydantic names their class, callers end them.
+    reason = fault["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{where}: {reason}"
 
 
 def parse_request(cls: type[_R], data: object) -> _R:

@@ -115,7 +115,9 @@ class _LocalJob:
     def sample(self, batch: int) -> tuple[list[Group], float]:
         """The batch's groups, and its mean reward."""
         version = self.version(sampling_version(batch, self.spec.max_staleness))
-        task = self.plan.rollout(batch, version, range(self.spec.groups_per_batch))
+        task = self.plan.rollout(
+            batch, version, self.plan.prompts(batch), range(self.spec.groups_per_batch)
+        )
         prompts = encode_prompts(self.policy, self.environments, task.prompts, Split.TRAIN)
         payload = RolloutPayload.decode(
             run_rollout(self.policy, task, self.environments),

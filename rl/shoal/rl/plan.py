@@ -29,12 +29,22 @@ class Plan:
     train_sizes: Sequence[int]
     eval_sizes: Sequence[int]
 
-    def rollout(self, batch: int, version: PolicyVersion, slots: Sequence[int]) -> RolloutTask:
-        """The task that samples these slots of ``batch`` under ``version``."""
+    def prompts(self, batch: int) -> tuple[PromptRef, ...]:
+        """The prompts of ``batch``, one for each of its slots."""
         spec = self.spec
-        prompts = draw_prompts(
+        return draw_prompts(
             self.job_id, batch, spec.groups_per_batch, spec.environments, self.train_sizes
         )
+
+    def rollout(
+        self,
+        batch: int,
+        version: PolicyVersion,
+        prompts: Sequence[PromptRef],
+        slots: Sequence[int],
+    ) -> RolloutTask:
+        """The task that samples these slots of ``batch``, whose prompts are given."""
+        spec = self.spec
         return RolloutTask(
             task_id=new_id("task"),
             job_id=self.job_id,

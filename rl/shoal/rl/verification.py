@@ -295,15 +295,15 @@ class _Checklist:
     def termination(
         self, payload: RolloutPayload | EvaluatePayload, eos_ids: frozenset[int], max_tokens: int
     ) -> None:
-        ends = np.array(sorted(eos_ids))
         for number, row in enumerate(payload.token_ids):
-            ended = np.isin(row, ends)
+            *before, last = row.tolist()
+            ended = last in eos_ids
             fault = None
-            if ended[:-1].any():
+            if not eos_ids.isdisjoint(before):
                 fault = "goes on after an end token"
-            elif bool(ended[-1]) != bool(payload.finished[number]):
+            elif ended != bool(payload.finished[number]):
                 fault = "says the contrary of its last token about having finished"
-            elif not ended[-1] and len(row) != max_tokens:
+            elif not ended and len(row) != max_tokens:
                 fault = f"stops after {len(row)} of {max_tokens} tokens without an end token"
             if fault:
                 self.record(CheckName.TERMINATION, False, f"row {number} {fault}")

@@ -41,14 +41,11 @@ class PolicyEngine:
 
     def prepare(self) -> None:
         """torch, transformers and PEFT are imported; a model is not loaded yet."""
-        import peft  # noqa: F401  # named only to be loaded
-        import torch
-        from transformers import AutoModelForCausalLM  # noqa: F401  # likewise
-
         import shoal.rl.evaluation
-        import shoal.rl.gradient  # noqa: F401  # likewise
+        import shoal.rl.gradient  # noqa: F401  # named only to be loaded
+        from shoal.models.libraries import load_libraries
 
-        torch.set_num_threads(self._num_threads)
+        load_libraries(self._num_threads)
 
     def run(self, task: AnyTask, inputs: TaskInput, on_progress: Callable[[], None]) -> TaskOutput:
         """The task's output, under the policy version the task names.

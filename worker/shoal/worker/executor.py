@@ -32,6 +32,7 @@ class Assignment:
         offer: The lease and its task.
         received_s: Monotonic time at which it came.
         progress: Rises with every step of work; heartbeats report it.
+        computed: Whether the result is ready, and perhaps on its way.
         stop: Set when the work is to end, whatever the reason.
         over: Set when the lease is no longer held.
     """
@@ -39,6 +40,7 @@ class Assignment:
     offer: LeaseOffer
     received_s: float
     progress: int = 0
+    computed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -104,8 +106,16 @@ class Executor:
         return len(self._held)
 
     def units_held(self, kind: TaskKind) -> int:
-        """Units of ``kind`` in flight."""
-        return sum(a.lease.num_units for a in self._held.values() if a.lease.kind is kind)
+        """Units of ``kind`` still to be computed.
+
+        A result on its way no longer counts: the orchestrator may offer the next lease the
+        moment it has it, before its answer to the result has reached us.
+        """
+        return sum(
+            a.lease.num_units
+            for a in self._held.values()
+            if a.lease.kind is kind and not a.computed
+        )
 
     def progress(self) -> tuple[LeaseProgress, ...]:
         """How far every held lease has come."""
@@ -193,6 +203,7 @@ class Executor:
             self._fail(assignment, "task_failed", error)
             return
         assignment.progress += 1
+        assignment.computed = True
         _log("task_computed", assignment, compute_ms=output.compute_ms)
         self._start(self._hand_in(assignment, output), name="deliver")
 

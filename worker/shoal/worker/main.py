@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shoal.network.identity import NodeIdentity
 from shoal.protocol.errors import Expired, ShoalError, Unavailable
@@ -20,6 +20,10 @@ from shoal.worker.evidence import EvidenceBook
 from shoal.worker.node import Parts, WorkerNode
 from shoal.worker.ports import ProviderChain
 from shoal.worker.session import Credentials, Link, find_addresses, greet
+from shoal.worker.stake import Unstaked, take_back_stake
+
+if TYPE_CHECKING:
+    from shoal.contracts.gateway import ChainGateway
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -94,25 +98,41 @@ async def claim_all(config: WorkerConfig) -> int:
     Raises:
         ShoalError: the orchestrator or the chain cannot be reached.
     """
+    credentials = load_credentials(config)
+    async with _greeted(config) as greeting, _chain(config, credentials, greeting) as chain:
+        collector = Collector(
+            chain,
+            EvidenceBook(config.folder / "evidence"),
+            credentials.address,
+            greeting.domain,
+            api_url=greeting.api_url,
+            claim_min_micros=0,
+        )
+        return await collector.collect_all(even_small=True)
+
+
+async def unstake(config: WorkerConfig) -> Unstaked:
+    """The account's stake has left the chain's vault, or is on its way out.
+
+    Raises:
+        ShoalError: the orchestrator or the chain cannot be reached.
+    """
+    credentials = load_credentials(config)
+    async with _greeted(config) as greeting, _chain(config, credentials, greeting) as chain:
+        return await take_back_stake(chain, credentials.address)
+
+
+@contextlib.asynccontextmanager
+async def _greeted(config: WorkerConfig) -> AsyncIterator[HelloReply]:
+    """The orchestrator's greeting, over a connection that lasts as long."""
     from shoal.network.libp2p_node import Libp2pNode
 
-    credentials = load_credentials(config)
     # A key of its own, so that a running worker's connection is not disturbed.
     network = Libp2pNode(NodeIdentity.generate())
     link = Link(network)
     await network.start()
     try:
-        greeting = await _greet_any(link, config)
-        async with _chain(config, credentials, greeting) as chain:
-            collector = Collector(
-                chain,
-                EvidenceBook(config.folder / "evidence"),
-                credentials.address,
-                greeting.domain,
-                api_url=greeting.api_url,
-                claim_min_micros=0,
-            )
-            return await collector.collect_all(even_small=True)
+        yield await _greet_any(link, config)
     finally:
         await network.stop()
 
@@ -131,7 +151,7 @@ async def _greet_any(link: Link, config: WorkerConfig) -> HelloReply:
 @contextlib.asynccontextmanager
 async def _chain(
     config: WorkerConfig, credentials: Credentials, greeting: HelloReply
-) -> AsyncIterator[ProviderChain]:
+) -> AsyncIterator[ChainGateway]:
     """The chain the greeting names, through the provider's own node if it has one.
 
     Raises:

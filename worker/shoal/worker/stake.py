@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
+from shoal.contracts.records import Mined, StakeInfo
 from shoal.protocol.errors import Unauthorised
 from shoal.protocol.money import Micros, format_dollars
+from shoal.protocol.record import Record
 from shoal.worker.events import log_event
 from shoal.worker.ports import ProviderChain
 from shoal.worker.session import Credentials
@@ -49,6 +51,59 @@ async def ensure_stake(
     await _require_funds(chain, account, allowed_micros)
     mined = await chain.stake(allowed_micros)
     log_event("staked", amount_micros=int(allowed_micros), tx_hash=mined.tx_hash)
+
+
+class StakeHolder(Protocol):
+    """The chain, seen by who takes a stake back."""
+
+    async def now_s(self) -> int:
+        """The chain's clock, in Unix seconds."""
+        ...
+
+    async def stake_of(self, account: str) -> StakeInfo:
+        """The stake of ``account``."""
+        ...
+
+    async def request_unbond(self, amount_micros: int) -> Mined:
+        """``amount_micros`` of our stake begin to leave."""
+        ...
+
+    async def withdraw_stake(self) -> Mined:
+        """What has left is ours."""
+        ...
+
+
+class Unstaked(Record):
+    """What became of a stake.
+
+    ``unbonding_micros`` can be withdrawn from ``ready_at_s`` on (Unix seconds; 0 when nothing
+    is leaving).
+    """
+
+    withdrawn_micros: int
+    unbonding_micros: int
+    ready_at_s: int
+
+
+async def take_back_stake(chain: StakeHolder, account: str) -> Unstaked:
+    """What of the account's stake may leave has left, and the rest is leaving.
+
+    Run once to begin and once more when the waiting time is over.  A stake that is leaving
+    already is left in peace, because a new request would make it wait anew.
+    """
+    before = await chain.stake_of(account)
+    withdrawn_micros = 0
+    if before.unbonding_micros and before.unbond_at_s <= await chain.now_s():
+        await chain.withdraw_stake()
+        withdrawn_micros = before.unbonding_micros
+    if before.active_micros and (withdrawn_micros or not before.unbonding_micros):
+        await chain.request_unbond(before.active_micros)
+    after = await chain.stake_of(account)
+    return Unstaked(
+        withdrawn_micros=withdrawn_micros,
+        unbonding_micros=after.unbonding_micros,
+        ready_at_s=after.unbond_at_s,
+    )
 
 
 async def ensure_bound(chain: ProviderChain, credentials: Credentials) -> None:

@@ -57,14 +57,14 @@ async def _list(url: str, output: Output) -> int:
 
 async def _show(url: str, job_id: str, output: Output, *, follow: bool) -> int:
     from shoal.client.api import ShoalClient
-    from shoal.client.commands.submit import watch
+    from shoal.client.commands.submit import exit_code, watch
     from shoal.client.commands.target import resolve_job
     from shoal.client.picture import picture_of
 
     async with ShoalClient(url) as client:
         job_id = await resolve_job(client, job_id)
         if follow:
-            return await watch(client, job_id, output)
+            return exit_code(await watch(client, job_id, output))
         view = await client.job(job_id)
     if output.json_mode:
         output.emit(view.model_dump(mode="json"))

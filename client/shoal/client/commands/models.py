@@ -27,13 +27,19 @@ def command() -> None:
 @url_option
 @output_option
 def download(job_id: str, out: Path | None, url: str | None, output: Output) -> None:
-    """Download a job's adapter: a PEFT folder, every file checked by its digest."""
+    """Download a job's adapter: a PEFT folder, every file checked by its digest.
+
+    With it come the job's provenance, once the job has ended, and the base model where that
+    is on no model hub.
+    """
     from shoal.client.commands.target import resolve_url
 
     asyncio.run(_download(resolve_url(url), job_id, out, output))
 
 
 async def _download(url: str, job_id: str, out: Path | None, output: Output) -> None:
+    from rich.markup import escape
+
     from shoal.client.api import ShoalClient
     from shoal.client.commands.target import resolve_job
     from shoal.client.download import download_model
@@ -41,8 +47,19 @@ async def _download(url: str, job_id: str, out: Path | None, output: Output) -> 
     async with ShoalClient(url) as client:
         job_id = await resolve_job(client, job_id)
         folder = out or Path(f"adapter-{job_id[2:12]}")
-        paths = await download_model(client, job_id, folder)
+        model = await download_model(client, job_id, folder)
     if output.json_mode:
-        output.emit({"job_id": job_id, "path": str(folder), "files": [p.name for p in paths]})
-    else:
-        output.say(f"{len(paths)} files, digests checked, in [bold]{folder}[/bold]")
+        output.emit(
+            {
+                "job_id": job_id,
+                "path": str(folder),
+                "files": [path.name for path in model.files],
+                "base": model.base,
+                "bundle": None if model.bundle is None else str(model.bundle),
+            }
+        )
+        return
+    output.say(f"{len(model.files)} files, digests checked, in [bold]{folder}[/bold]")
+    if model.bundle is not None:
+        output.say(f"[dim]shoal provenance verify {model.bundle} --model {folder}[/dim]")
+    output.say("", *(escape(line) for line in model.python()))

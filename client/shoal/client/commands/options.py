@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,45 @@ def url_option(command: _C) -> _C:
         metavar="URL",
         help="The orchestrator's API; the devnet running under this folder when absent.",
     )(command)
+
+
+def key_option(command: _C) -> _C:
+    """Adds ``--key``: the requester's keystore."""
+    return click.option(
+        "--key",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="The requester's keystore; the running devnet's when absent.",
+    )(command)
+
+
+def rpc_option(command: _C) -> _C:
+    """Adds ``--rpc-url``: the chain node to trust."""
+    return click.option(
+        "--rpc-url",
+        metavar="URL",
+        help="A chain node you trust; the orchestrator's proposal when absent.",
+    )(command)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wallet:
+    """Who pays, at which orchestrator, through which chain node; as given, absent or not."""
+
+    url: str | None
+    key: Path | None
+    rpc_url: str | None
+
+
+def wallet_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--url``, ``--key`` and ``--rpc-url``, passed as one `Wallet` ``wallet``."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, url: str | None, key: Path | None, rpc_url: str | None, **rest: Any
+    ) -> Any:
+        return command(*args, wallet=Wallet(url=url, key=key, rpc_url=rpc_url), **rest)
+
+    return url_option(key_option(rpc_option(wrapped)))
 
 
 def data_option(command: _C) -> _C:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from shoal.client.commands.options import output_option, url_option
+from shoal.client.commands.options import Wallet, output_option, wallet_options
 from shoal.client.output import Output
 
 if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
+
     from shoal.client.api import ShoalClient
+    from shoal.client.views import JobView
     from shoal.protocol.job import JobSpec
 
+EXIT_BUDGET = 5
 EXIT_FAILED_JOB = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """How a job is submitted; an absent ``rpc_url`` takes the orchestrator's proposal."""
+
+    url: str
+    key: Path
+    rpc_url: str | None
+    follow: bool
+    refund: bool
 
 
 @click.command("submit")
@@ -25,27 +41,24 @@ EXIT_FAILED_JOB = 6
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. seed=7."
 )
 @click.option("--dry-run", is_flag=True, help="Print the resolved job; submit and pay nothing.")
-@url_option
 @click.option(
-    "--key",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="The requester's keystore; the running devnet's when absent.",
+    "--no-refund", is_flag=True, help="With --follow: leave the rest of the budget in escrow."
 )
-@click.option("--rpc-url", help="A chain node you trust; the orchestrator's proposal when absent.")
+@wallet_options
 @output_option
 def command(
     job_file: Path,
     follow: bool,
     settings: tuple[str, ...],
     dry_run: bool,
-    url: str | None,
-    key: Path | None,
-    rpc_url: str | None,
+    no_refund: bool,
+    wallet: Wallet,
     output: Output,
 ) -> int:
     """Submit a job file and put its budget in escrow.
 
-    Exits with 3 if the job is invalid, 5 if the account does not hold the budget and, with
+    With --follow, what the job did not spend is refunded at its end. Exits with 3 if the job
+    is invalid, 5 if the account does not hold the budget or the job uses it up and, with
     --follow, 6 if the job fails.
     """
     from shoal.client.commands.target import resolve_key, resolve_url
@@ -58,38 +71,65 @@ def command(
         else:
             click.echo(render_job_file(spec), nl=False)
         return 0
-    return asyncio.run(
-        _submit(spec, resolve_url(url), resolve_key(key), rpc_url, output, follow=follow)
+    order = _Order(
+        url=resolve_url(wallet.url),
+        key=resolve_key(wallet.key),
+        rpc_url=wallet.rpc_url,
+        follow=follow,
+        refund=not no_refund,
     )
+    return asyncio.run(_submit(spec, order, output))
 
 
-async def _submit(
-    spec: JobSpec, url: str, key: Path, rpc_url: str | None, output: Output, *, follow: bool
-) -> int:
+async def _submit(spec: JobSpec, order: _Order, output: Output) -> int:
     from shoal.client.api import ShoalClient
     from shoal.client.picture import dollars
     from shoal.client.submission import open_gateway, submit_job
     from shoal.protocol.keystore import load_account
 
-    account = load_account(key)
-    async with ShoalClient(url) as client:
-        gateway = await open_gateway(await client.info(), account, rpc_url)
-        try:
+    account = load_account(order.key)
+    async with ShoalClient(order.url) as client:
+        async with await open_gateway(await client.info(), account, order.rpc_url) as gateway:
             submitted = await submit_job(client, gateway, spec, account)
-        finally:
-            await gateway.close()
         budget = dollars(spec.budget.max_total_micros)
         if output.json_mode:
             output.emit({"type": "submitted"} | submitted.model_dump(mode="json"))
         else:
             output.say(f"submitted [bold]{submitted.job_id}[/bold], {budget} in escrow")
-        if not follow:
+        if not order.follow:
             return 0
-        return await watch(client, submitted.job_id, output)
+        view = await watch(client, submitted.job_id, output)
+        if order.refund:
+            await _refund(client, view.job_id, account, order, output)
+        return exit_code(view)
 
 
-async def watch(client: ShoalClient, job_id: str, output: Output) -> int:
-    """Shows the job until it ends; Ctrl-C detaches. Returns the exit code."""
+async def _refund(
+    client: ShoalClient, job_id: str, account: LocalAccount, order: _Order, output: Output
+) -> None:
+    """The rest of the budget is back, or a sentence says when it can be."""
+    from shoal.client.commands.refund import report_refund
+    from shoal.client.escrow import refund_rest
+    from shoal.client.submission import open_gateway
+    from shoal.protocol.errors import ShoalError
+
+    try:
+        async with await open_gateway(await client.info(), account, order.rpc_url) as gateway:
+            report_refund(await refund_rest(gateway, job_id), output)
+    except ShoalError as error:
+        # The job's own outcome decides the exit code; the money is not lost.
+        output.warn(f"The rest of the budget was not refunded yet: {error.message}")
+
+
+def exit_code(view: JobView) -> int:
+    """What a command that watched the job exits with."""
+    if view.state.value == "complete":
+        return 0
+    return EXIT_BUDGET if view.state.value == "paused" else EXIT_FAILED_JOB
+
+
+async def watch(client: ShoalClient, job_id: str, output: Output) -> JobView:
+    """The job once it has ended, shown until then and its outcome said; Ctrl-C detaches."""
     from shoal.client.follow import follow_job
     from shoal.client.picture import short_job
 
@@ -110,4 +150,4 @@ async def watch(client: ShoalClient, job_id: str, output: Output) -> int:
         )
     else:
         output.say(f"[red]{view.state.value}[/red]: {view.reason or 'no reason was given'}")
-    return 0 if view.state.value == "complete" else EXIT_FAILED_JOB
+    return view

@@ -15,18 +15,25 @@ def command() -> None:
 @command.command("join", context_settings=PASS_THROUGH)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="ADDRESS [OPTIONS]...")
 def join(arguments: tuple[str, ...]) -> None:
-    """Work for the orchestrator at ADDRESS: a libp2p address or the URL of its API.
-
-    OPTIONS are those of `python -m shoal.worker`: --config FILE, --set KEY=VALUE, --dry-run.
-    """
-    if not arguments or arguments[0].startswith("-"):
-        become("shoal.worker", arguments)
-    address, *rest = arguments
-    become("shoal.worker", ("--set", f"orchestrator={address}", *rest))
+    """Work for the orchestrator at ADDRESS; --help lists the options."""
+    become("shoal.worker", arguments)
 
 
 @command.command("claim", context_settings=PASS_THROUGH)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]...")
 def claim(arguments: tuple[str, ...]) -> None:
-    """Claim all that jobs owe this worker's account, without working."""
+    """Claim all that jobs owe this worker's account, without working.
+
+    OPTIONS are those of `shoal worker join`, ADDRESS included.
+    """
     become("shoal.worker", ("--claim", *arguments))
+
+
+@command.command("unstake", context_settings=PASS_THROUGH)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]...")
+def unstake(arguments: tuple[str, ...]) -> None:
+    """Take back this worker's stake: once to begin, once more when the wait is over.
+
+    OPTIONS are those of `shoal worker join`, ADDRESS included.
+    """
+    become("shoal.worker", ("--unstake", *arguments))

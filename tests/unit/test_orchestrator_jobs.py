@@ -1,0 +1,301 @@
+"""How jobs begin and end: crashes, restarts, cancellations; what is done is paid for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from learning_fixtures import write_base
+from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, Sale, open_lab, run
+
+from shoal.network.identity import NodeIdentity
+from shoal.orchestrator.batches import Batch, Scored
+from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.publisher import Publisher
+from shoal.orchestrator.store.tables import JobRow
+from shoal.orchestrator.workload import Delivery
+from shoal.protocol.errors import InvalidRequest, InvariantBroken, OverBudget, Unauthorised
+from shoal.protocol.job import JobCommand, JobCommandKind, JobState
+from shoal.protocol.policy import PolicyVersion
+from shoal.protocol.signing import sign
+from shoal.provenance.bundle import read_bundle
+from shoal.provenance.verifier import verify_bundle
+from shoal.rl.gradient import Group
+from shoal.rl.verification import EvaluateVerification
+
+Play = Callable[[JobRun], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_base(tmp_path_factory.mktemp("base")))
+
+
+async def ended(lab: Lab, job_id: str) -> JobRow:
+    """The job's row once its task is over."""
+    async with asyncio.timeout(TIMEOUT_S):
+        await asyncio.gather(*lab.orchestrator.jobs._tasks)
+    return await lab.orchestrator.intake.require(job_id)
+
+
+async def submitted(lab: Lab, base: str) -> str:
+    """A job whose escrow is funded and which has not been started."""
+    row = await lab.orchestrator.intake.submit(lab.make_job(model=base))
+    lab.chain.open(row.job_id, lab.context.account.address)
+
+    def fund(session: Any) -> None:
+        stored = session.get_one(JobRow, row.job_id)
+        stored.state, stored.funded_micros = JobState.RUNNING.value, 1_000_000
+
+    await lab.context.database.run(fund)
+    return row.job_id
+
+
+def plays(monkeypatch: pytest.MonkeyPatch, play: Play) -> None:
+    """Every job's run is ``play`` instead of training."""
+    monkeypatch.setattr(JobRun, "run", play)
+
+
+@pytest.mark.parametrize(
+    ("failure", "state", "reason", "closed"),
+    [
+        (RuntimeError("secret internals"), "failed", "a defect of the orchestrator", True),
+        (InvalidRequest("The grader failed."), "failed", "The grader failed.", True),
+        (OverBudget("No money is left."), "paused", "No money is left.", False),
+        (None, "complete", "", True),
+    ],
+)
+def test_every_end_is_orderly(
+    tmp_path: Path,
+    base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception | None,
+    state: str,
+    reason: str,
+    closed: bool,
+) -> None:
+    sales: list[Sale] = []
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+
+            async def play(job_run: JobRun) -> None:
+                await job_run._state_environments()
+                sales.append(await lab.open_sale(job_run.job_id))
+                if failure is not None:
+                    raise failure
+
+            plays(monkeypatch, play)
+            peer = await lab.peer()
+            job = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job)
+            row = await ended(lab, job)
+            assert (row.state, row.reason.startswith(reason)) == (state, True)
+            assert "secret" not in row.reason
+            assert lab.chain.escrows[job].closed is closed
+            assert lab.chain.escrows[job].epoch == 1
+            assert sales[0].workload.closed
+            assert lab.orchestrator.jobs.open_jobs() == []
+            # Nothing of it is sold any more, to whoever bids now.
+            await peer.bid()
+            auction = lab.start(lab.orchestrator.auctioneer.run())
+            await asyncio.sleep(0)
+            assert sales[0].workload.waiting == [0, 1]
+            assert not auction.done()
+            events = await lab.orchestrator.journal.events(job, 0)
+            assert events[-1].type == f"job_{state}"
+            bundle = read_bundle(await lab.orchestrator.publisher.bundle(job))
+            folder = lab.orchestrator.jobs.run_dir(job) / "adapter"
+            report = verify_bundle(bundle, folder)
+            assert report.passed, report.text()
+
+    run(scenario)
+
+
+def test_a_model_that_cannot_be_published_still_pays_its_workers(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+
+            async def play(job_run: JobRun) -> None:
+                await job_run._state_environments()
+
+            async def fail(*_: object) -> None:
+                raise OSError("the disk is full")
+
+            plays(monkeypatch, play)
+            monkeypatch.setattr(Publisher, "publish", fail)
+            job = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job)
+            row = await ended(lab, job)
+            assert row.state == "failed"
+            assert (lab.chain.escrows[job].epoch, lab.chain.escrows[job].closed) == (1, True)
+
+    run(scenario)
+
+
+def test_a_restart_while_settling_goes_on_to_the_same_end_and_releases_once(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = NodeIdentity.generate()
+
+    async def begin() -> tuple[str, Any]:
+        async with open_lab(tmp_path, allow_local_models=True, identity=node) as lab:
+
+            async def play(job_run: JobRun) -> None:
+                await job_run._state_environments()
+                raise OverBudget("No money is left.")
+
+            plays(monkeypatch, play)
+            job = await submitted(lab, base)
+            lab.chain.down = True
+            await lab.orchestrator.jobs.start(job)
+            journal = lab.orchestrator.journal
+            while True:
+                change = journal.next_change(job)
+                if any(e.type == "model_published" for e in await journal.events(job, 0)):
+                    return job, lab.chain.escrows
+                await change.wait()
+
+    job, escrows = run(begin)
+
+    async def go_on() -> None:
+        async with open_lab(tmp_path, allow_local_models=True, identity=node) as lab:
+
+            async def never(job_run: JobRun) -> None:
+                raise AssertionError("a job that is being settled must not train on")
+
+            plays(monkeypatch, never)
+            lab.chain.escrows = escrows
+            await lab.orchestrator.jobs.resume()
+            row = await ended(lab, job)
+            assert (row.state, row.reason) == ("paused", "No money is left.")
+            kinds = [row.kind for row in await lab.statements()]
+            assert kinds == ["environment", "release"]
+            assert lab.chain.escrows[job].epoch == 1
+
+    run(go_on)
+
+
+@pytest.mark.parametrize("when", ["funding", "loading", "running"])
+def test_a_requester_may_cancel_at_any_time(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            running = asyncio.Event()
+
+            async def play(job_run: JobRun) -> None:
+                running.set()
+                await job_run._unless_halted(asyncio.Event().wait())  # type: ignore[arg-type]
+
+            plays(monkeypatch, play)
+            jobs = lab.orchestrator.jobs
+            if when == "funding":
+                row = await lab.orchestrator.intake.submit(lab.make_job(model=base))
+                job = row.job_id
+            else:
+                job = await submitted(lab, base)
+                await jobs.start(job)
+            if when == "running":
+                await running.wait()
+            command = JobCommand(job_id=job, kind=JobCommandKind.CANCEL)
+            with pytest.raises(Unauthorised):
+                await jobs.cancel(sign(command, DOMAIN, lab.context.account))
+            await jobs.cancel(sign(command, DOMAIN, lab.requester))
+            row = await ended(lab, job)
+            assert (row.state, row.reason) == ("cancelled", "cancelled by its requester")
+            # A second time changes nothing.
+            await jobs.cancel(sign(command, DOMAIN, lab.requester))
+            assert (await lab.orchestrator.intake.require(job)).state == "cancelled"
+            if when == "funding":
+                # Money that comes after all does not revive it.
+                lab.chain.open(job, lab.context.account.address)
+                with pytest.raises(InvalidRequest):
+                    await lab.orchestrator.intake._fund(job, 1_000_000)
+                assert (await lab.orchestrator.intake.require(job)).state == "cancelled"
+
+    run(scenario)
+
+
+def group(rewards: tuple[float, ...], advantage: float, length: int = 2) -> Scored:
+    rows = len(rewards)
+    return Scored(
+        group=Group(
+            prompt=np.ones(3, dtype=np.int32),
+            token_ids=tuple(np.ones(length, dtype=np.int32) for _ in range(rows)),
+            logprobs=tuple(np.zeros(length, dtype=np.float32) for _ in range(rows)),
+            advantages=np.full(rows, advantage, dtype=np.float32),
+        ),
+        rewards=rewards,
+        policy_version=3,
+    )
+
+
+def test_a_batch_is_complete_when_every_slot_is_filled_in_any_order() -> None:
+    batch = Batch(number=5, num_groups=3)
+    batch.add((2, 0), [group((1.0, 0.0), 1.0), group((0.0, 0.0), 0.0)], "b")
+    assert not batch.complete.is_set()
+    batch.add((1,), [group((1.0, 1.0), 0.5, length=4)], "a")
+    assert batch.complete.is_set()
+    assert batch.statements == ["b", "a"]
+    assert batch.num_tokens == 4 + 4 + 8
+    # The group without spread teaches nothing; the others come in the order of their slots.
+    assert [g.num_tokens for g in batch.teaching()] == [8, 4]
+    metrics = batch.metrics(5)
+    assert metrics["reward"] == pytest.approx(3 / 6)
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["sample/staleness_max"] == 2
+    assert metrics["completions/max_length"] == 4
+
+
+def test_an_evaluation_is_told_once_all_its_prompts_are_scored(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            seen: list[JobRun] = []
+
+            async def play(job_run: JobRun) -> None:
+                seen.append(job_run)
+                policy: PolicyVersion = job_run._current()
+                await job_run.evaluations.start(policy)
+                (workload,) = lab.orchestrator.auctioneer._open
+                assert len(workload.waiting) == job_run.learner.spec.evaluation.num_examples == 8
+                for units, reward in (((0, 1, 2), 1.0), ((3, 4, 5, 6, 7), 0.0)):
+                    evaluation = job_run.evaluations.all[0]
+                    assert not evaluation.complete.is_set()
+                    rewards = np.full(len(units), reward, dtype=np.float32)
+                    payload = EvaluateVerification(checks=(), rewards=rewards)
+                    await workload.accept(delivery(units, payload))
+                await job_run.evaluations.finish()
+                with pytest.raises(InvariantBroken):
+                    await workload.deliver(delivery((0,), object()))
+
+            plays(monkeypatch, play)
+            job = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job)
+            assert (await ended(lab, job)).state == "complete"
+            events = await lab.orchestrator.journal.events(job, 0)
+            (told,) = [event.data for event in events if event.type == "evaluation"]
+            assert told == {"policy_version": 0, "accuracy": 3 / 8, "num_examples": 8}
+            assert seen[0].evaluations.all[0].accuracy == 3 / 8
+
+    run(scenario)
+
+
+def delivery(units: tuple[int, ...], payload: object) -> Delivery:
+    nothing: Any = None
+    return Delivery(
+        units=units,
+        task=nothing,
+        lease=nothing,
+        result=nothing,
+        payload=payload,
+        statement_sha256="c" * 64,
+    )

@@ -1,0 +1,450 @@
+"""Verdicts: what is paid, what is not, how often is looked, and that nothing stops the judge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from learning_fixtures import Lab as School
+from learning_fixtures import write_base
+from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
+
+from shoal.market.lease import LeaseState
+from shoal.orchestrator import verifier as verifier_module
+from shoal.orchestrator.dispatcher import LiveLease
+from shoal.orchestrator.store.tables import LeaseRow
+from shoal.orchestrator.verifier import Verifier
+from shoal.protocol.errors import InvalidRequest, InvariantBroken
+from shoal.protocol.market import TaskKind
+from shoal.protocol.node import LeaseOffer, ResultMessage
+from shoal.protocol.result import Verdict
+from shoal.protocol.task import RolloutTask, Task
+from shoal.provenance.dsse import Envelope
+from shoal.provenance.statement import StatementKind, VerificationPredicate, decode
+from shoal.rl.batch import RolloutPayload, RowLimits
+from shoal.rl.rollout import run_rollout
+from shoal.rl.verification import RolloutVerification
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> School:
+    return School.open(write_base(tmp_path_factory.mktemp("base")))
+
+
+class Court:
+    """A job whose policy is real, a worker, and the judge at work."""
+
+    def __init__(self, lab: Lab, school: School, job: str, peer: Peer, sale: Sale) -> None:
+        self.lab, self.school, self.job, self.peer, self.sale = lab, school, job, peer, sale
+        self.verifier = lab.orchestrator.verifier
+        self.member = lab.orchestrator.roster.member(peer.node)
+        self.ledger = lab.orchestrator.settler.ledger(job)
+
+    async def lease(self, peer: Peer | None = None) -> tuple[LeaseOffer, LiveLease]:
+        return await self.lab.lease(peer or self.peer, self.sale)
+
+    def honest(self, offer: LeaseOffer, peer: Peer | None = None) -> ResultMessage:
+        task = cast(RolloutTask, offer.task)
+        payload = run_rollout(self.school.policy, task, self.school.environments)
+        return self.message(offer, payload, peer)
+
+    def message(
+        self, offer: LeaseOffer, payload: bytes, peer: Peer | None = None, **changes: Any
+    ) -> ResultMessage:
+        self.lab.context.blobs.put_bytes(payload)
+        try:
+            num_tokens = self.decoded(offer, payload).num_tokens
+        except Exception:
+            num_tokens = 1
+        return (peer or self.peer).message(offer, payload, **{"num_tokens": num_tokens, **changes})
+
+    def decoded(self, offer: LeaseOffer, payload: bytes) -> RolloutPayload:
+        task = cast(RolloutTask, offer.task)
+        return RolloutPayload.decode(
+            payload,
+            RowLimits(
+                num_prompts=len(task.prompts),
+                num_rows=len(task.prompts) * task.group_size,
+                max_tokens=task.sampling.max_tokens,
+                vocab_size=self.school.policy.vocab_size,
+            ),
+        )
+
+    def lied(self, offer: LeaseOffer, shift: float = 0.05) -> ResultMessage:
+        """Real tokens with log-probabilities that are not theirs."""
+        task = cast(RolloutTask, offer.task)
+        true = run_rollout(self.school.policy, task, self.school.environments)
+        payload = self.decoded(offer, true)
+        forged = RolloutPayload(
+            prompts_sha256=payload.prompts_sha256,
+            token_ids=payload.token_ids,
+            logprobs=tuple(row - shift for row in payload.logprobs),
+            finished=payload.finished,
+            rewards=payload.rewards,
+        )
+        return self.message(offer, forged.encode())
+
+    async def verdict(self, message: ResultMessage, live: LiveLease) -> Verdict:
+        """The verdict on ``message`` as the worker reads it from its next heartbeat."""
+        peer = self.peer
+        await peer.submit(message)
+        await until(lambda: live.record.state.is_final)
+        lease_id = live.lease.lease_id
+        member = self.lab.orchestrator.roster.find(live.lease.node)
+        assert member is not None
+        signed = member.undelivered[cast(Any, lease_id)]
+        signed.require_signer(self.lab.context.domain, self.lab.context.account.address)
+        return signed.record
+
+
+@asynccontextmanager
+async def court(
+    folder: Path, school: School, *, num_units: int = 2, spot_check_rate: float = 0.05
+) -> AsyncIterator[Court]:
+    async with open_lab(folder) as lab:
+        job = await lab.add_job()
+        lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
+        learner = SimpleNamespace(
+            auditor=school.policy, spec=school.plan.spec, environments=school.environments
+        )
+        running = SimpleNamespace(learner=learner, selling=False)
+        lab.orchestrator.jobs._running[job] = cast(Any, running)
+        sale = await lab.open_sale(job, num_units)
+        version = school.version()
+
+        def make(units: Sequence[int]) -> Task:
+            return school.plan.rollout(0, version, school.plan.prompts(0), units)
+
+        sale.make = make
+        sale.workload.verify = sale.workload.verify.model_copy(
+            update={"spot_check_rate": spot_check_rate}
+        )
+        lab.start(lab.orchestrator.verifier.run())
+        yield Court(lab, school, job, await lab.peer(), sale)
+
+
+def test_honest_work_is_accepted_paid_stated_and_delivered(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            message = case.honest(offer)
+            verdict = await case.verdict(message, live)
+            assert verdict.accepted, verdict.reason()
+            assert (verdict.pay_micros, verdict.num_units, verdict.audited) == (200, 2, True)
+            assert (case.ledger.owed_micros, case.ledger.held_micros) == (200, 0)
+            delivery = case.sale.delivered[0]
+            assert isinstance(delivery.payload, RolloutVerification)
+            assert delivery.units == (0, 1)
+            work, ruling = await case.lab.statements()
+            assert (work.kind, work.contributor) == ("rollout-batch", case.peer.account.address)
+            assert work.envelope == message.statement
+            assert delivery.statement_sha256 == work.payload_sha256
+            said = decode(Envelope.from_text(ruling.envelope).payload_bytes())
+            assert said.kind is StatementKind.VERIFICATION
+            assert isinstance(said.predicate, VerificationPredicate)
+            assert said.predicate.verdict == verdict
+            assert said.predicate.work_sha256 == work.payload_sha256
+            row = await case.lab.lease_row(offer)
+            assert (row.state, row.pay_micros, row.settlement_epoch) == ("accepted", 200, 1)
+            # Sent again after the verdict, it is acknowledged and nothing more.
+            await case.peer.submit(message)
+            assert case.ledger.owed_micros == 200
+
+    run(scenario)
+
+
+def test_forged_logprobs_are_rejected_unpaid_and_done_again_by_another(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            case.member.consecutive_valid, case.member.audited = 7, 7
+            offer, live = await case.lease()
+            verdict = await case.verdict(case.lied(offer), live)
+            assert not verdict.accepted
+            assert verdict.reason().startswith("logprobs:")
+            assert (verdict.pay_micros, verdict.num_units) == (0, 0)
+            assert case.ledger.free_micros == case.ledger.funded_micros
+            assert (case.member.consecutive_valid, case.member.audited) == (0, 0)
+            now_ms = case.lab.time.now_ms()
+            assert not case.lab.orchestrator.auctioneer._may_work(case.peer.node, now_ms)
+            (ruling,) = await case.lab.statements()
+            assert ruling.kind == "verification"
+            row = await case.lab.lease_row(offer)
+            assert (row.state, row.pay_micros, row.settlement_epoch) == ("rejected", 0, None)
+            events = await case.lab.orchestrator.journal.events(case.job, 0)
+            assert events[-1].type == "result_rejected"
+            assert events[-1].data["account"] == case.peer.account.address
+
+            assert case.sale.workload.waiting == [0, 1]
+            other = await case.lab.peer()
+            again, live = await case.lease(other)
+            assert again.lease.record.lease_epoch == 2
+            await other.submit(case.honest(again, other))
+            await until(lambda: live.record.state is LeaseState.ACCEPTED)
+            assert [entry.account for entry in case.ledger.entries] == [other.account.address]
+
+    run(scenario)
+
+
+def test_without_the_audit_the_same_forgery_passes(tmp_path: Path, school: School) -> None:
+    """The negative control: it is the audit that catches it, and the draw that decides."""
+
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            case.member.consecutive_valid, case.member.audited = 50, 50
+            case.verifier._draw = lambda: 0.999
+            offer, live = await case.lease()
+            verdict = await case.verdict(case.lied(offer), live)
+            assert (verdict.accepted, verdict.audited) == (True, False)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("consecutive", "audited", "rate", "draw", "expected"),
+    [
+        (0, 0, 0.0, 0.999, True),
+        (9, 9, 0.0, 0.999, True),
+        (10, 10, 0.0, 0.0999, True),
+        (10, 10, 0.0, 0.1, False),
+        (100, 10, 0.05, 0.0499, True),
+        (100, 10, 0.05, 0.05, False),
+        (0, 10, 0.0, 0.999, True),
+        (1000, 10, 1.0, 0.999, True),
+    ],
+)
+def test_newcomers_are_always_audited_and_others_by_the_rate(
+    tmp_path: Path, consecutive: int, audited: int, rate: float, draw: float, expected: bool
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            peer = await lab.peer()
+            member = lab.orchestrator.roster.member(peer.node)
+            member.consecutive_valid, member.audited = consecutive, audited
+            judge: Verifier = lab.orchestrator.verifier
+            judge._draw = lambda: draw
+            assert judge.audits(member, rate) is expected
+
+    run(scenario)
+
+
+GARBAGE = [
+    b"",
+    b"\x00" * 64,
+    b"\xff" * 8 + b"{}",
+    (1 << 62).to_bytes(8, "little") + b"{}",
+    b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
+]
+
+
+@pytest.mark.parametrize("payload", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_rejected_and_the_next_result_is_judged(
+    tmp_path: Path, school: School, payload: bytes
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            verdict = await case.verdict(case.message(offer, payload), live)
+            assert not verdict.accepted
+            assert verdict.reason().startswith("form:")
+            offer, live = await case.lease()
+            assert (await case.verdict(case.honest(offer), live)).accepted
+
+    run(scenario)
+
+
+def test_names_that_a_database_cannot_hold_are_written_without(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            honest = case.lab.context.blobs.read(case.honest(offer).result.payload.sha256)
+            arrays = safetensors.numpy.load(honest) | {"odd\0": np.zeros(1, dtype=np.float32)}
+            verdict = await case.verdict(case.message(offer, safetensors.numpy.save(arrays)), live)
+            assert "odd\0" in verdict.reason()
+            reason = (await case.lab.lease_row(offer)).reason
+            assert "odd " in reason
+            assert "\0" not in reason
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("changes", "check"),
+    [
+        ({"task_id": "task_99999999"}, "form"),
+        ({"kind": TaskKind.GRADIENT}, "form"),
+        ({"num_units": 3}, "form"),
+        ({"num_tokens": 10**6}, "form"),
+        ({"dtype": "bfloat16"}, "form"),
+        ({"task_sha256": "d" * 64}, "digest"),
+        ({"policy_sha256": "e" * 64}, "policy"),
+    ],
+)
+def test_a_result_that_contradicts_its_task_is_rejected(
+    tmp_path: Path, school: School, changes: dict[str, Any], check: str
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            task = cast(RolloutTask, offer.task)
+            payload = run_rollout(school.policy, task, school.environments)
+            message = case.message(offer, payload, **changes)
+            verdict = await case.verdict(message, live)
+            assert verdict.reason().startswith(f"{check}:"), verdict.reason()
+            assert case.ledger.owed_micros == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("statement", ["", "{}", "[" * 5_000, "\ud7ff\0", '{"payload": 1}'])
+def test_work_without_a_true_statement_is_rejected(
+    tmp_path: Path, school: School, statement: str
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            message = case.honest(offer).model_copy(update={"statement": statement})
+            verdict = await case.verdict(message, live)
+            assert verdict.reason().startswith("form:")
+            # The negative control is the first test: the same work, stated truly, is accepted.
+            assert [row.kind for row in await case.lab.statements()] == ["verification"]
+
+    run(scenario)
+
+
+def test_a_statement_of_other_work_is_rejected(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            message = case.honest(offer)
+            other = case.peer.message(offer, b"something else").statement
+            verdict = await case.verdict(message.model_copy(update={"statement": other}), live)
+            assert not verdict.accepted
+            assert "does not say" in verdict.reason()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("a defect"), InvalidRequest("a grader failed")])
+def test_a_check_that_breaks_costs_the_lease_and_blames_nobody(
+    tmp_path: Path,
+    school: School,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            case.member.consecutive_valid = 3
+            offer, live = await case.lease()
+            message = case.honest(offer)
+
+            def fail(*args: Any, **options: Any) -> Any:
+                raise failure
+
+            with monkeypatch.context() as patch:
+                patch.setattr(verifier_module.verification, "verify_rollout", fail)
+                verdict = await case.verdict(message, live)
+            assert not verdict.accepted
+            assert "could not be judged" in verdict.reason()
+            assert "a defect" not in verdict.reason()
+            assert case.member.consecutive_valid == 3
+            now_ms = case.lab.time.now_ms()
+            assert case.lab.orchestrator.auctioneer._may_work(case.peer.node, now_ms)
+            assert case.sale.workload.failures == 1
+            offer, live = await case.lease()
+            assert (await case.verdict(case.honest(offer), live)).accepted
+
+    run(scenario)
+
+
+def test_a_delivery_that_breaks_is_paid_and_ends_its_own_job_only(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school, num_units=4) as case:
+
+            async def fail(delivery: object) -> None:
+                raise KeyError("a defect")
+
+            case.sale.workload.deliver, deliver = fail, case.sale.workload.deliver
+            offer, live = await case.lease()
+            assert (await case.verdict(case.honest(offer), live)).accepted
+            await until(lambda: bool(case.sale.abandoned))
+            assert isinstance(case.sale.abandoned[0], InvariantBroken)
+            assert case.ledger.owed_micros == 200
+            case.sale.workload.deliver = deliver
+            offer, live = await case.lease()
+            assert (await case.verdict(case.honest(offer), live)).accepted
+
+    run(scenario)
+
+
+def test_a_result_of_a_job_that_is_over_is_dismissed_without_a_statement(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            message = case.honest(offer)
+            del case.lab.orchestrator.jobs._running[case.job]
+            await case.peer.submit(message)
+            await until(lambda: live.record.state.is_final)
+            await case.lab.orchestrator.dispatcher.drained(case.job)
+            assert await case.lab.statements() == []
+            assert case.ledger.free_micros == case.ledger.funded_micros
+            assert (await case.lab.lease_row(offer)).reason == "the job has ended"
+
+    run(scenario)
+
+
+def test_verdicts_are_repeated_until_acknowledged(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            verdict = await case.verdict(case.honest(offer), live)
+            for _ in range(2):
+                assert [v.record for v in (await case.peer.beat()).verdicts] == [verdict]
+            reply = await case.peer.beat(acknowledged=[verdict.lease_id])
+            assert reply.verdicts == ()
+
+    run(scenario)
+
+
+def test_a_claimed_compute_time_counts_no_more_than_the_time_held(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            offer, live = await case.lease()
+            honest = case.honest(offer)
+            payload = case.lab.context.blobs.read(honest.result.payload.sha256)
+            message = case.message(offer, payload, compute_ms=2**53 - 1)
+            case.lab.time.advance(600)
+            await case.verdict(message, live)
+            assert list(case.member.recent_unit_ms["rollout"]) == [301]
+
+    run(scenario)
+
+
+def test_results_are_judged_in_the_order_they_came(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school, num_units=4) as case:
+            first, second = await case.lease(), await case.lease()
+            messages = [case.honest(offer) for offer, _ in (first, second)]
+            await asyncio.gather(*(case.peer.submit(m) for m in reversed(messages)))
+            await until(lambda: len(case.sale.delivered) == 2)
+            assert [d.units for d in case.sale.delivered] == [(2, 3), (0, 1)]
+            rows = await case.lab.rows(LeaseRow)
+            assert {row.state for row in rows} == {"accepted"}
+
+    run(scenario)
