@@ -265,6 +265,8 @@ async def check_settled(world: World, job_id: str, accounts: list[str]) -> Count
     report = verify_bundle(bundle, run_dir / "adapter", pinned_head=head)
     assert report.passed, report.text()
     assert report.head_pinned
+    released = {file.path for file in bundle.files}
+    assert {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"} <= released
     assert len(bundle.epochs) == count == escrow.epoch > 1
     assert report.num_statements == len(world.rows(StatementRow))
     return owed
@@ -293,8 +295,6 @@ def test_a_job_survives_a_restart_and_everybody_is_paid(
                 assert (view.state, view.reason) == ("complete", "")
                 assert view.policy_version == STEPS
                 await client.bundle(job_id)
-                files = {file.path for file in (await client.model(job_id)).files}
-                assert {"adapter_model.safetensors", "adapter_config.json"} <= files
                 metrics = (await client.metrics(job_id)).decode().splitlines()
                 await workers.aclose()
             owed = await check_settled(world, job_id, accounts)

@@ -195,7 +195,8 @@ def parse_view(cls: type[_V], data: object) -> _V:
         PeerFault: it is something else.
     """
     try:
-        return cls.model_validate(data)
+        # The wire's own records are strict, which arrays, read as lists, are not for tuples.
+        return cls.model_validate(data, strict=False)
     except ValidationError as error:
         raise PeerFault(
             f"The orchestrator's answer is not a {cls.__name__} ({first_fault(error)}); its "

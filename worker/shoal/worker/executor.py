@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import threading
@@ -23,6 +24,8 @@ _COMPUTE_SHARE: Final = 0.8
 """Compute ends at this share of a lease's time, so that handing in fits into the rest."""
 _MAX_FETCHES: Final = 4
 
+URGENT_WAIT_S = 0.25
+
 
 @dataclass(eq=False, kw_only=True)
 class Assignment:
@@ -34,6 +37,7 @@ class Assignment:
         progress: Rises with every step of work; heartbeats report it.
         computed: Whether the result is ready, and perhaps on its way.
         stop: Set when the work is to end, whatever the reason.
+        fetched: Set when its bytes are here, or never will be.
         over: Set when the lease is no longer held.
     """
 
@@ -42,6 +46,7 @@ class Assignment:
     progress: int = 0
     computed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    fetched: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -155,9 +160,27 @@ class Executor:
             if not self._ready:
                 self._has_ready.clear()
                 continue
+            await self._wait_for_urgent()
             _, _, assignment, inputs = heapq.heappop(self._ready)
             if self._held.get(assignment.lease.lease_id) is assignment:
                 await self._compute(assignment, inputs)
+
+    async def _wait_for_urgent(self) -> None:
+        """What is ready waits a moment for more urgent work whose bytes are just arriving.
+
+        A task is never interrupted for another, so starting a rollout now would hold up the
+        gradient that the whole job waits for.
+        """
+        first = self._ready[0][0]
+        coming = [
+            a.fetched.wait()
+            for a in self._held.values()
+            if PRIORITY[a.lease.kind] < first and not a.fetched.is_set()
+        ]
+        if coming:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(URGENT_WAIT_S):
+                    await asyncio.gather(*coming)
 
     async def close(self, grace_s: float) -> None:
         """Finished work was given ``grace_s`` to be handed in; everything else is dropped."""
@@ -183,6 +206,7 @@ class Executor:
             self._fail(assignment, "fetch_failed", error)
             return
         assignment.progress += 1
+        assignment.fetched.set()
         heapq.heappush(self._ready, (PRIORITY[lease.kind], next(self._order), assignment, inputs))
         self._has_ready.set()
 
@@ -249,6 +273,7 @@ class Executor:
 
     def _release(self, assignment: Assignment) -> None:
         assignment.over.set()
+        assignment.fetched.set()
         if self._held.get(assignment.lease.lease_id) is assignment:
             del self._held[assignment.lease.lease_id]
 
