@@ -316,9 +316,9 @@ class Sale:
         self.delivered: list[Delivery] = []
         self.abandoned: list[ShoalError] = []
         self.before_build: Callable[[], Awaitable[None]] | None = None
-        self.make: Callable[[Sequence[int]], Task] = lambda units: cast(
-            Task, make_task(TaskKind.ROLLOUT, units[0]).model_copy(update={"job_id": job_id})
-        )
+        self.make: Callable[[Sequence[int]], Task] = lambda units: make_task(
+            TaskKind.ROLLOUT, units[0]
+        ).model_copy(update={"job_id": job_id})
         self.workload = Workload(
             lot=Lot(
                 lot_id=new_id("lot"),

@@ -52,8 +52,9 @@ def test_a_bid_for_somebody_else_is_refused(tmp_path: Path, field: str) -> None:
         async with open_lab(tmp_path) as lab:
             peer, other = await lab.peer(), await lab.peer()
             value = other.node if field == "node" else other.account.address
+            forged = peer.make_bid(**{field: value})
             with pytest.raises(Unauthorised) as caught:
-                await peer.bid(**{field: value})
+                await peer.bid(forged)
             assert caught.value.code == "wrong_node"
             assert not lab.orchestrator.auctioneer.prices(other.node)
 

@@ -17,7 +17,6 @@ from learning_fixtures import write_base
 from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
 
 from shoal.market.lease import LeaseState
-from shoal.orchestrator import verifier as verifier_module
 from shoal.orchestrator.dispatcher import LiveLease
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.verifier import Verifier
@@ -28,6 +27,7 @@ from shoal.protocol.result import Verdict
 from shoal.protocol.task import RolloutTask, Task
 from shoal.provenance.dsse import Envelope
 from shoal.provenance.statement import StatementKind, VerificationPredicate, decode
+from shoal.rl import verification
 from shoal.rl.batch import RolloutPayload, RowLimits
 from shoal.rl.rollout import run_rollout
 from shoal.rl.verification import RolloutVerification
@@ -352,7 +352,7 @@ def test_a_check_that_breaks_costs_the_lease_and_blames_nobody(
                 raise failure
 
             with monkeypatch.context() as patch:
-                patch.setattr(verifier_module.verification, "verify_rollout", fail)
+                patch.setattr(verification, "verify_rollout", fail)
                 verdict = await case.verdict(message, live)
             assert not verdict.accepted
             assert "could not be judged" in verdict.reason()

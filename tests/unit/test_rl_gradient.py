@@ -35,7 +35,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def groups(lab: Lab) -> list[Group]:
-    task = lab.plan.rollout(0, lab.version(), range(4))
+    task = lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
     prompts = encode_prompts(lab.policy, lab.environments, task.prompts, Split.TRAIN)
     limits = RowLimits(num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size)
     payload = RolloutPayload.decode(run_rollout(lab.policy, task, lab.environments), limits)
@@ -134,11 +134,13 @@ def test_resume_is_bit_equal(lab: Lab, groups: list[Group], tmp_path: Path) -> N
         )
     optimizer.apply([payload], 50)
 
-    folder = newest_checkpoint(tmp_path, 4)
-    assert folder is not None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000003", folder.name]
-    assert newest_checkpoint(tmp_path, 3) == tmp_path / "step-0000003"
-    saved = load_checkpoint(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000003", "step-0000004"]
+    older = newest_checkpoint(tmp_path, 3)
+    assert older is not None
+    assert older.manifest.step == 3
+    saved = newest_checkpoint(tmp_path, 4)
+    assert saved is not None
+    assert saved.manifest.step == 4
     resumed = Policy.load(lab.folder, spec.lora, seed=77)
     resumed.load_adapter(saved.adapter)
     again = AdapterOptimizer(resumed, spec.optimizer, 8)
@@ -160,6 +162,7 @@ def test_damaged_checkpoints_are_refused(lab: Lab, tmp_path: Path) -> None:
     (folder / "optimizer.safetensors").write_bytes(b"x")
     with pytest.raises(InvalidRequest, match="manifest"):
         load_checkpoint(folder)
+    assert newest_checkpoint(tmp_path, 1) is None
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(NotFound, match="adapter_model"):
         load_checkpoint(folder)

@@ -35,7 +35,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def task(lab: Lab) -> RolloutTask:
-    return lab.plan.rollout(0, lab.version(), range(4))
+    return lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_another_versions_samples_are_refused(lab: Lab) -> None:
     stale = Policy.load(lab.folder, lab.policy.lora, seed=0)
     stir(stale, scale=0.09)
     stale_lab = Lab(lab.folder, stale, lab.environments, lab.plan)
-    claimed = lab.plan.rollout(0, lab.version(), range(4))
+    claimed = lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
     really = claimed.model_copy(update={"policy": stale_lab.version(0)})
     payload = RolloutPayload.decode(run_rollout(stale, really, lab.environments), limits_of(lab, 4))
     assert failed(verify(lab, claimed, payload)) is CheckName.LOGPROBS

@@ -17,7 +17,7 @@ from shoal.client.devnet import Devnet, DevnetOptions, module_command
 from shoal.client.devnet_files import DevnetFolder
 from shoal.client.download import download_model
 from shoal.client.escrow import refund_rest
-from shoal.client.follow import follow_job
+from shoal.client.follow import PriceMemory, follow_job
 from shoal.client.jobfile import load_job_file
 from shoal.client.output import Output
 from shoal.client.provenance_check import check_bundle
@@ -64,19 +64,6 @@ class DemoOptions:
     num_workers: int = 3
     settings: tuple[str, ...] = ()
     kill: bool = True
-
-
-class PriceMemory:
-    """The prices each node asked, which are gone from the market once the node is."""
-
-    def __init__(self) -> None:
-        self.prices: dict[str, dict[str, int]] = {}
-
-    def see(self, view: JobView) -> None:
-        """Notes the prices in ``view``."""
-        for worker in view.workers:
-            if worker.price_micros:
-                self.prices[worker.node] = worker.price_micros
 
 
 class HalfwayKill:
@@ -170,7 +157,7 @@ class _DemoRun:
 
     async def _follow(self, client: ShoalClient, job_id: str, kill: HalfwayKill | None) -> JobView:
         async def on_view(view: JobView) -> None:
-            self._memory.see(view)
+            self._memory.fill(view)
             if kill is not None:
                 await kill(view)
 

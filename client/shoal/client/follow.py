@@ -24,6 +24,23 @@ _PLAIN_LINES = 20
 OnView = Callable[[JobView], Awaitable[None]]
 
 
+class PriceMemory:
+    """The prices each node asked, which are gone from the market once the node or the job is."""
+
+    def __init__(self) -> None:
+        self.prices: dict[str, dict[str, int]] = {}
+
+    def fill(self, view: JobView) -> JobView:
+        """``view``, with the last price known where it has none."""
+        workers = []
+        for worker in view.workers:
+            if worker.price_micros:
+                self.prices[worker.node] = worker.price_micros
+            known = self.prices.get(worker.node, {})
+            workers.append(worker.model_copy(update={"price_micros": known}))
+        return view.model_copy(update={"workers": tuple(workers)})
+
+
 class JobWatch:
     """What has been seen of one job, and what is worth saying about it.
 
@@ -34,6 +51,7 @@ class JobWatch:
 
     def __init__(self, output: Output, *, emit_json: bool) -> None:
         self.rewards: dict[int, float] = {}
+        self._prices = PriceMemory()
         self._output = output
         self._emit_json = emit_json
         self._said: tuple[object, ...] | None = None
@@ -52,8 +70,12 @@ class JobWatch:
         """Shows ``view`` if it says something new."""
         if view.reward_recent is not None:
             self.rewards[view.policy_version] = view.reward_recent
+        view = self._prices.fill(view)
+        picture = picture_of(view, list(self.rewards.values()))
+        if view.ended:
+            self._output.keep(picture)
         if self._live is not None:
-            self._live.update(picture_of(view, list(self.rewards.values())))
+            self._live.update(picture)
             return
         stride = max(1, view.max_steps // _PLAIN_LINES)
         gone = tuple(worker.node for worker in view.workers if not worker.connected)
@@ -64,13 +86,13 @@ class JobWatch:
         if self._emit_json:
             self._output.emit({"type": "progress", "job": view.model_dump(mode="json")})
         else:
-            self._output.say(plain_line(view))
+            self._output.say(plain_line(view), kept=False)
 
     def trouble(self, error: Unavailable) -> None:
         """Says that the orchestrator is out of reach; watching goes on."""
         if self._said != ("lost",):
             self._said = ("lost",)
-            self._output.say(f"[yellow]{error.message} Still trying.[/yellow]")
+            self._output.say(f"[yellow]{error.message} Still trying.[/yellow]", kept=False)
 
 
 async def follow_job(

@@ -18,6 +18,7 @@ from shoal.protocol.money import MICROS_PER_DOLLAR
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 32
 _BAR_WIDTH = 32
+_ACCURACIES = 4
 _STATE_STYLES = {
     JobState.COMPLETE: "bold green",
     JobState.FAILED: "bold red",
@@ -78,10 +79,16 @@ def _bar(done: int, total: int, style: str) -> ProgressBar:
 
 
 def _accuracies(view: JobView) -> Text:
-    shown = view.evaluations[-4:]
+    shown = [f"{100 * item.accuracy:.1f}%" for item in view.evaluations]
     if not shown:
         return Text("not evaluated yet", style="dim")
-    return Text(" → ".join(f"{100 * item.accuracy:.1f}%" for item in shown), style="green")
+    # The first and the last ones: what the job began with, and where it is now.
+    skipped = " … " if len(shown) > _ACCURACIES else " → "
+    text = shown[0] + "".join(
+        (skipped if index == 0 else " → ") + item
+        for index, item in enumerate(shown[1:][-_ACCURACIES + 1 :])
+    )
+    return Text(text, style="green")
 
 
 def _accuracy_change(view: JobView) -> Text:

@@ -220,9 +220,12 @@ def _per_thousand(price_micros: int | None) -> str:
     return "—" if price_micros is None else f"{price_micros / 1000:.2f}"
 
 
-def _legend(summary: DemoSummary) -> str:
+def _legend(summary: DemoSummary) -> Text:
+    from rich.text import Text
+
     killed = "  ✗ killed half-way on purpose." if any(w.killed for w in summary.workers) else ""
-    return (
-        "[dim]Tasks are those accepted; prices are for a thousand groups to roll out / to "
-        f"differentiate; paid is read from the chain.{killed}[/dim]"
+    return Text(
+        "Tasks are those accepted; prices are for a thousand groups to roll out / to "
+        f"differentiate; paid is read from the chain.{killed}",
+        style="dim",
     )

@@ -14,7 +14,7 @@ from shoal.protocol.job import Job, JobSpec
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
 from shoal.rl.aggregation import AdapterOptimizer, UpdateStats
 from shoal.rl.batch import GradientPayload
-from shoal.rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from shoal.rl.checkpoint import newest_checkpoint, save_checkpoint
 from shoal.rl.environments import Environment, load_environment
 
 
@@ -38,10 +38,9 @@ class Learner:
 
     def resume(self, version: int) -> int:
         """Continues from the checkpoint of ``version``, or the newest before it; its version."""
-        folder = newest_checkpoint(self._checkpoints, version)
-        if folder is None:
+        checkpoint = newest_checkpoint(self._checkpoints, version)
+        if checkpoint is None:
             return 0
-        checkpoint = load_checkpoint(folder)
         self.policy.load_adapter(checkpoint.adapter)
         self._optimizer.load_state(checkpoint.optimizer)
         return checkpoint.manifest.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from shoal.protocol.record import Record
 
 MANIFEST_FILE = "checkpoint.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_log = logging.getLogger(__name__)
+
 _ROLLING = 2
 _FOLDER = re.compile(r"^step-(\d{7})$")
 
@@ -56,7 +59,9 @@ def save_checkpoint(
     """The folder of the new checkpoint, complete on disk.
 
     The two newest stay, so that a job resumes at the very version its records speak of, and
-    so do the newest ``keep.keep_last`` of those at a multiple of ``keep.interval``.
+    so do the newest ``keep.keep_last`` of those at a multiple of ``keep.interval``.  Only the
+    latter are waited for until the disk has them: the others outlive the process, and a
+    power cut that spoils one is seen by its digest.
 
     A crash at any moment leaves either the whole checkpoint or none of it.
     """
@@ -70,14 +75,16 @@ def save_checkpoint(
     draft = directory / f".draft-{step:07d}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    _write_durably(draft / ADAPTER_FILE, adapter)
-    _write_durably(draft / OPTIMIZER_FILE, optimizer)
-    _write_durably(draft / MANIFEST_FILE, manifest.encode())
+    durable = step % keep.interval == 0
+    _write(draft / ADAPTER_FILE, adapter, durable)
+    _write(draft / OPTIMIZER_FILE, optimizer, durable)
+    _write(draft / MANIFEST_FILE, manifest.encode(), durable)
     folder = directory / f"step-{step:07d}"
     # Only a resumed job saves a step twice, and then the newer is the true one.
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-    _sync_directory(directory)
+    if durable:
+        _sync_directory(directory)
     folders = _folders(directory)
     spaced = [path for path in folders if _step_of(path) % keep.interval == 0]
     for old in set(folders) - set(folders[-_ROLLING:]) - set(spaced[-keep.keep_last :]):
@@ -117,10 +124,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(manifest=manifest, adapter=adapter, optimizer=optimizer)
 
 
-def newest_checkpoint(directory: Path, at_most: int) -> Path | None:
-    """The newest checkpoint folder of a step of ``at_most``, if there is one."""
-    folders = [path for path in _folders(directory) if _step_of(path) <= at_most]
-    return folders[-1] if folders else None
+def newest_checkpoint(directory: Path, at_most: int) -> Checkpoint | None:
+    """The newest whole checkpoint of a step of ``at_most``, if there is one."""
+    for folder in reversed(_folders(directory)):
+        if _step_of(folder) <= at_most:
+            try:
+                return load_checkpoint(folder)
+            except (NotFound, InvalidRequest) as error:
+                _log.warning("checkpoint_skipped", extra={"reason": error.message})
+    return None
 
 
 def _step_of(folder: Path) -> int:
@@ -133,11 +145,12 @@ def _folders(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _FOLDER.match(path.name))
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, durable: bool) -> None:
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

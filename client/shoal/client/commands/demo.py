@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shoal.client.demo import DemoOptions
 
 EXIT_INTERRUPTED = 130
+_PICTURE_WIDTH = 88
 
 
 @click.command("demo")
@@ -36,6 +37,11 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the job."
 )
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw what the terminal showed to this file.",
+)
 @click.option("--no-kill", is_flag=True, help="Do not kill a worker half-way.")
 @output_option
 def command(
@@ -44,6 +50,7 @@ def command(
     workers: int,
     seed: int | None,
     settings: tuple[str, ...],
+    svg: Path | None,
     no_kill: bool,
     output: Output,
 ) -> int:
@@ -60,7 +67,11 @@ def command(
     options = DemoOptions(
         job_file=job_file, out=out, num_workers=workers, settings=settings, kill=not no_kill
     )
+    if svg is not None:
+        output = Output(json_mode=output.json_mode, picture_width=_PICTURE_WIDTH)
     outcome = asyncio.run(run_until_interrupted(_run(options, output)))
+    if svg is not None and outcome is not None:
+        output.save_picture(svg, "shoal demo")
     return EXIT_INTERRUPTED if outcome is None else outcome
 
 
@@ -71,6 +82,7 @@ async def _run(options: DemoOptions, output: Output) -> int:
     summary = await run_demo(options, output)
     if output.json_mode:
         output.emit(summary.to_json())
+        output.keep(*summary_picture(summary))
     else:
         output.say(*summary_picture(summary))
         output.say("", f"[dim]written to {options.out}[/dim]")
