@@ -316,9 +316,7 @@ class Sale:
         self.delivered: list[Delivery] = []
         self.abandoned: list[ShoalError] = []
         self.before_build: Callable[[], Awaitable[None]] | None = None
-        self.make: Callable[[Sequence[int]], Task] = lambda units: make_task(
-            TaskKind.ROLLOUT, units[0]
-        ).model_copy(update={"job_id": job_id})
+        self.make: Callable[[Sequence[int]], Task] = self._made_up
         self.workload = Workload(
             lot=Lot(
                 lot_id=new_id("lot"),
@@ -341,6 +339,10 @@ class Sale:
             verify=VerifySpec(),
             waiting=list(range(num_units)),
         )
+
+    def _made_up(self, units: Sequence[int]) -> Task:
+        task = make_task(TaskKind.ROLLOUT, units[0])
+        return task.model_copy(update={"job_id": self.workload.lot.job_id})
 
     async def _build(self, units: Sequence[int]) -> Task:
         if self.before_build is not None:

@@ -51,8 +51,8 @@ def test_a_bid_for_somebody_else_is_refused(tmp_path: Path, field: str) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             peer, other = await lab.peer(), await lab.peer()
-            value = other.node if field == "node" else other.account.address
-            forged = peer.make_bid(**{field: value})
+            theirs: dict[str, Any] = {"node": other.node, "account": other.account.address}
+            forged = peer.make_bid(**{field: theirs[field]})
             with pytest.raises(Unauthorised) as caught:
                 await peer.bid(forged)
             assert caught.value.code == "wrong_node"

@@ -151,7 +151,7 @@ class _DemoRun:
             view = await self._follow(client, submitted.job_id, kill)
             wall_s = time.monotonic() - started_s
             killed = kill.killed if kill is not None else None
-            self._output.say("[dim]settling: providers claim, the requester is refunded[/dim]")
+            self._output.say("", "[dim]settling: providers claim, the requester is refunded[/dim]")
             await self._settle(gateway, view.job_id, killed)
             return await self._collect(client, gateway, view.job_id, killed, wall_s)
 

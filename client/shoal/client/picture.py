@@ -34,7 +34,7 @@ def picture_of(view: JobView, rewards: Sequence[float]) -> RenderableType:
         view: The job as of now.
         rewards: Mean batch rewards seen so far, oldest first.
     """
-    parts: list[RenderableType] = [_headline(view), _figures(view, rewards)]
+    parts: list[RenderableType] = ["", _headline(view), _figures(view, rewards)]
     if view.workers:
         parts += ["", worker_table(view)]
     return Group(*parts)

@@ -62,6 +62,10 @@ def report_picture(report: Report) -> list[RenderableType]:
         Outcome.NOT_CHECKED: Text("—", style="dim"),
     }
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    # A digest cut short cannot be compared.
+    table.add_column(overflow="fold")
     for step in report.steps:
         table.add_row(marks[step.outcome], step.name, Text(step.detail, style="dim"))
     if not report.passed:
