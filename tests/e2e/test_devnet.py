@@ -1,132 +1,172 @@
-"""The whole market as its users start it: `shoal up`, `shoal submit`, `shoal demo`."""
+"""`shoal up` on one machine: ready soon, stopped cleanly, and unmoved by bad input."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import signal
+import socket
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from shoal_command import Market, market, refused, run, settings, shoal
 
-SHORT_JOB = ("max_steps=6", "batch_size=64", "eval.interval=3", "eval.num_examples=64")
+from shoal.client.demo import example_job
+from shoal.contracts.anvil import Anvil
+from shoal.protocol.keystore import load_or_create_account
 
-
-def shoal(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "shoal.client", *arguments]
-
-
-@contextmanager
-def devnet(folder: Path, *arguments: str) -> Iterator[tuple[dict[str, Any], subprocess.Popen[str]]]:
-    """`shoal up`, ready; stopped by Ctrl-C."""
-    process = subprocess.Popen(
-        shoal("up", "--data", str(folder), "--json", *arguments), stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line, "shoal up ended before it was ready"
-        yield json.loads(line), process
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-        process.stdout.close()
+JOB = str(example_job())
+pytestmark = pytest.mark.timeout(240)
 
 
-def family(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
+    """A market whose one worker all tests of this module share."""
+    with market(tmp_path_factory.mktemp("market") / "net", "--workers", "1") as running:
+        yield running
 
 
 def test_up_is_ready_soon_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    with devnet(tmp_path / "net") as (ready, process):
-        children = family(process.pid)
+    with market(tmp_path / "net") as first:
+        children = first.family()
         assert len(children) == 5  # the chain, the orchestrator, three workers
-        assert ready["ready_s"] < 15
-    assert process.returncode == 0
+        assert first.ready["ready_s"] < 15
+        assert all(child.memory_info().rss < 700 << 20 for child in children)
+    assert first.process.returncode == 0
     assert not any(child.is_running() for child in children)
     # The same folder starts again, from its saved chain.
-    with devnet(tmp_path / "net", "--workers", "1") as (again, _):
-        assert again["requester_key"] == ready["requester_key"]
+    with market(tmp_path / "net", "--workers", "1") as again:
+        assert again.ready["requester_key"] == first.ready["requester_key"]
 
 
 def test_a_killed_devnet_leaves_nothing(tmp_path: Path) -> None:
-    with devnet(tmp_path / "net", "--workers", "1") as (_, process):
-        children = family(process.pid)
-        process.kill()
-        process.wait()
+    with market(tmp_path / "net", "--workers", "1") as running:
+        children = running.family()
+        running.process.kill()
+        running.process.wait()
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
 
 
-def test_bad_input_costs_nothing_and_the_orchestrator_lives(tmp_path: Path) -> None:
-    with devnet(tmp_path / "net", "--workers", "1") as (ready, _):
-        common = ("--url", ready["api_url"], "--key", ready["requester_key"])
+@pytest.mark.parametrize(
+    ("setting", "code", "words"),
+    [
+        ("sede=1", 3, "'seed'"),
+        ("max_steps='many'", 3, "max_steps"),
+        ("env=[]", 3, "[[env]]"),
+        ("env=[{id='additon'}]", 3, "'addition'"),
+        ("budget.max_total='0'", 3, "budget.max_total is zero"),
+        ("budget.max_total='0.01'", 5, "does not cover one policy update"),
+        ("budget.max_total='1000000'", 5, "holds"),
+        ("model='builtin:tiny-additoin'", 3, "'builtin:tiny-addition'"),
+        ("model='/no/such/folder'", 3, "no such folder"),
+        # Whatever the network: a hub that does not answer, or one that has no such model.
+        ("model='no/such-model-anywhere'", 3, "no/such-model-anywhere"),
+    ],
+)
+def test_a_bad_job_is_one_sentence_and_costs_nothing(
+    one_worker: Market, setting: str, code: int, words: str
+) -> None:
+    before = len(one_worker.jobs())
+    found, sentence = refused("submit", JOB, *one_worker.payer, *settings(setting))
+    assert (found, words in sentence) == (code, True), sentence
+    assert len(one_worker.jobs()) == before
+    assert one_worker.healthy()
 
-        def refused(*settings: str) -> tuple[int, str]:
-            sets = [part for setting in settings for part in ("--set", setting)]
-            done = subprocess.run(
-                shoal("submit", "examples/addition.toml", *common, *sets),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert "Traceback" not in done.stderr
-            assert len(done.stderr.splitlines()) == 1
-            return done.returncode, done.stderr
 
-        assert refused("model='no/such-model-anywhere'")[0] == 3
-        assert refused("budget.max_total='1000000'")[0] == 5
-        code, sentence = refused("sede=1")
-        assert code == 3
-        assert "'seed'" in sentence
-        listed = subprocess.run(
-            shoal("jobs", "--json", "--url", ready["api_url"]), capture_output=True, check=True
-        )
-        assert json.loads(listed.stdout) == []
+def test_a_used_port_is_one_sentence(one_worker: Market, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, sentence = refused("up", "--data", str(tmp_path / "net"), "--port", port)
+    assert (code, port in sentence) == (3, True), sentence
 
 
-@pytest.mark.timeout(600)
-def test_a_short_demo_settles_and_verifies(tmp_path: Path) -> None:
-    sets = [part for setting in SHORT_JOB for part in ("--set", setting)]
-    done = subprocess.run(
-        shoal("demo", "--out", str(tmp_path / "demo"), "--json", *sets),
-        capture_output=True,
+def test_a_devnet_that_runs_already_is_one_sentence(one_worker: Market) -> None:
+    code, sentence = refused("up", "--data", str(one_worker.folder))
+    assert (code, "already runs" in sentence) == (1, True), sentence
+    assert one_worker.healthy()
+
+
+def test_a_worker_without_stake_is_told_how_much(one_worker: Market, tmp_path: Path) -> None:
+    own = ("--data-dir", str(tmp_path), "--set", f"log_file={tmp_path / 'log'}")
+    code, sentence = refused("worker", "join", one_worker.url, *own)
+    assert (code, "start the worker with --stake 1.00" in sentence) == (4, True), sentence
+    code, sentence = refused("worker", "join", one_worker.url, *own, "--stake", "1.00")
+    assert (code, "holds $0.00" in sentence) == (4, True), sentence
+    done = run("worker", "unstake", one_worker.url, *own)
+    assert json.loads(done.stdout) == {
+        "withdrawn_micros": 0,
+        "unbonding_micros": 0,
+        "ready_at_s": 0,
+    }
+    assert one_worker.healthy()
+
+
+def test_a_worker_on_another_chain_is_refused(one_worker: Market, tmp_path: Path) -> None:
+    own = ("--data-dir", str(tmp_path / "own"), "--set", f"log_file={tmp_path / 'log'}")
+
+    async def go() -> tuple[int, str]:
+        other = Anvil(tmp_path / "chain")
+        other.chain_id = 4242
+        async with other:
+            arguments = ("worker", "join", one_worker.url, *own, "--rpc-url", other.rpc_url)
+            return await asyncio.to_thread(refused, *arguments)
+
+    code, sentence = asyncio.run(go())
+    assert (code, "4242" in sentence, "31337" in sentence) == (3, True, True), sentence
+    assert one_worker.healthy()
+
+
+def test_a_job_is_watched_left_cancelled_and_refunded(one_worker: Market, tmp_path: Path) -> None:
+    long = settings("max_steps=100000", "batch_size=64", "eval.num_examples=16")
+    watching = subprocess.Popen(
+        shoal("submit", JOB, "--follow", *one_worker.payer, *long),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=540,
-        env={**os.environ, "COLUMNS": "100"},
     )
+    assert watching.stdout is not None
+    submitted = watching.stdout.readline()
+    job_id = next(word for word in submitted.split() if word.startswith("0x")).rstrip(",")
+    while "version" not in watching.stdout.readline():
+        pass
+    watching.send_signal(signal.SIGINT)
+    said, _ = watching.communicate(timeout=30)
+    assert watching.returncode == 130
+    assert f"shoal jobs {job_id[:12]} --follow" in said
+
+    # The escrow is the job's while it runs, and nobody else's to cancel.
+    code, sentence = refused("refund", job_id, *one_worker.payer)
+    assert (code, "UTC" in sentence) == (3, True), sentence
+    stranger = tmp_path / "stranger.json"
+    load_or_create_account(stranger)
+    assert refused("cancel", job_id, "--url", one_worker.url, "--key", str(stranger))[0] == 4
+
+    done = run("cancel", job_id[:10], *one_worker.payer)
+    assert (done.returncode, "shoal refund" in done.stdout) == (0, True), done.stderr
+    assert run("jobs", job_id, "--follow", "--url", one_worker.url).returncode == 6
+    refund = json.loads(run("refund", job_id, *one_worker.payer, "--json").stdout)
+    view = json.loads(run("jobs", job_id, "--json", "--url", one_worker.url).stdout)
+    assert view["state"] == "cancelled"
+    assert refund["refunded_micros"] == view["budget_micros"] - view["committed_micros"] > 0
+    assert "before" in run("refund", job_id, *one_worker.payer).stdout
+
+
+def test_submit_follow_refunds_the_rest(one_worker: Market, tmp_path: Path) -> None:
+    short = settings("max_steps=2", "batch_size=32", "eval.num_examples=16")
+    done = run("submit", JOB, "--follow", "--json", *one_worker.payer, *short, timeout_s=120)
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert summary == json.loads((tmp_path / "demo/summary.json").read_text())
-    assert summary["steps"] == 6
-    assert summary["escrow"]["funded"] == summary["escrow"]["paid"] + summary["escrow"]["refunded"]
-    assert summary["escrow"]["paid"] == sum(w["paid_micros"] for w in summary["workers"])
-    assert [worker["killed"] for worker in summary["workers"]] == [False, True, False]
-    assert summary["provenance"]["verified"]
-    assert summary["provenance"]["statements"] > 0
-    for name in (
-        "adapter/adapter_model.safetensors",
-        "adapter/adapter_config.json",
-        "metrics.jsonl",
-        "bundle.json",
-    ):
-        assert (tmp_path / "demo" / name).stat().st_size > 0
-    # A second reader comes to the same verdict, and to the other for a changed model.
-    verify = shoal(
-        "provenance",
-        "verify",
-        str(tmp_path / "demo/bundle.json"),
-        "--model",
-        str(tmp_path / "demo/adapter"),
-    )
-    assert subprocess.run(verify, capture_output=True, check=False).returncode == 0
-    weights = tmp_path / "demo/adapter/adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
-    assert subprocess.run(verify, capture_output=True, check=False).returncode == 3
+    documents = [json.loads(line) for line in done.stdout.splitlines()]
+    result, refund = documents[-2:]
+    job = result["job"]
+    assert refund["refunded_micros"] == job["budget_micros"] - job["committed_micros"]
+    assert refund["sent_now"]
+    # What is downloaded says how it is opened.
+    folder = tmp_path / "model"
+    done = run("models", "download", job["job_id"], "-o", str(folder), "--url", one_worker.url)
+    assert done.returncode == 0, done.stderr
+    assert f"AutoModelForCausalLM.from_pretrained('{folder / 'base'}')" in done.stdout
+    assert (folder / "bundle.json").is_file()

@@ -18,7 +18,6 @@ from shoal.market.lease import (
     expire_if_due,
     heartbeat,
     judge,
-    next_timer_ms,
     offer,
     refuse,
     revoke,
@@ -188,9 +187,10 @@ class LeaseLife(RuleBasedStateMachine):
         self.attempt(revoke(self.record, reason="cancelled", now_ms=self.now_ms))
 
     @invariant()
-    def at_most_one_result_and_every_open_lease_has_a_timer(self) -> None:
+    def at_most_one_result_and_every_open_lease_ends_by_its_deadline(self) -> None:
         assert len(self.taken) <= 1
-        assert self.record.state.is_open == (next_timer_ms(self.record) is not None)
+        too_late_ms = self.record.lease.deadline_ms + 1
+        assert self.record.state.is_open == (due(self.record, too_late_ms) is not None)
         assert (self.record.clock is not None) == (self.record.state == "expired")
 
 

@@ -13,7 +13,6 @@ from shoal.market.lease import (
     expire_if_due,
     heartbeat,
     judge,
-    next_timer_ms,
     offer,
     p90_up,
     refuse,
@@ -76,7 +75,6 @@ def test_the_straight_way_through() -> None:
 def test_each_clock_runs_out_just_after_its_timer(
     record: LeaseRecord, last_good_ms: int, clock: Clock
 ) -> None:
-    assert next_timer_ms(record) == last_good_ms
     assert due(record, last_good_ms) is None
     assert expire_if_due(record, now_ms=last_good_ms) == record
     expired = expire_if_due(record, now_ms=last_good_ms + 1)
@@ -144,7 +142,6 @@ def test_refusing_and_revoking_end_an_open_lease_only() -> None:
     assert revoke(revoked, reason="again", now_ms=NOW_MS) == revoked
     for ended in (refused, revoked):
         assert ended.state.is_final
-        assert next_timer_ms(ended) is None
         with pytest.raises(InvalidRequest):
             submit(ended, node=peer(1), lease_epoch=2, result_sha256=RESULT, now_ms=NOW_MS)
     with pytest.raises(InvalidRequest):

@@ -6,7 +6,7 @@ import pytest
 from market_records import DOMAIN, JOB_ID, account
 from pydantic import ValidationError
 
-from shoal.market.reauction import Attempts, after_failure, begin_attempt, raise_reserve_up
+from shoal.market.reauction import raise_reserve_up
 from shoal.market.settlement import Ledger, PayEntry, PayoutSet
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, NotFound, OverBudget
 from shoal.protocol.market import Payout
@@ -22,25 +22,12 @@ def entry(task: int, micros: int, who: int = 1, lease: int | None = None) -> Pay
     )
 
 
-def test_the_reserve_rises_after_two_failures_up_to_the_maximum() -> None:
-    task = Attempts(task_id="task_0123456789", reserve_micros=100, max_reserve_micros=125)
-    seen = []
-    for _ in range(5):
-        task = after_failure(begin_attempt(task))
-        seen.append(task.reserve_micros)
+def test_the_reserve_rises_by_a_tenth_up_to_the_maximum() -> None:
+    seen = [100]
+    for _ in range(4):
+        seen.append(raise_reserve_up(seen[-1], 125))
     assert seen == [100, 110, 121, 125, 125]
-    assert task.lease_epoch == 5
     assert raise_reserve_up(1, 10) == 2
-
-
-def test_a_task_is_not_leased_for_ever() -> None:
-    task = Attempts(
-        task_id="task_0123456789", reserve_micros=1, max_reserve_micros=1, max_attempts=2
-    )
-    task = after_failure(begin_attempt(task))
-    with pytest.raises(InvalidRequest) as caught:
-        after_failure(begin_attempt(task))
-    assert caught.value.code == "attempts_exhausted"
 
 
 def test_money_is_held_before_it_is_owed() -> None:

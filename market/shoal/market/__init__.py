@@ -7,11 +7,9 @@ keeps their records.
 from shoal.market.auction import Clearing, Rejection, RejectReason, clear
 from shoal.market.book import BidBook, StandingBid
 from shoal.market.lease import LeaseRecord, LeaseState
-from shoal.market.reauction import Attempts
 from shoal.market.settlement import Ledger, PayEntry, PayoutSet
 
 __all__ = [
-    "Attempts",
     "BidBook",
     "Clearing",
     "LeaseRecord",

@@ -237,19 +237,6 @@ def due(record: LeaseRecord, now_ms: int) -> Clock | None:
     return Clock.HEARTBEAT if stalled_ms > record.progress_window_ms else None
 
 
-def next_timer_ms(record: LeaseRecord) -> int | None:
-    """The last moment at which no clock has run out; absent when none is running."""
-    if not record.state.is_open:
-        return None
-    if record.state is LeaseState.OFFERED:
-        return min(record.lease.start_by_ms, record.lease.deadline_ms)
-    return min(
-        record.lease.deadline_ms,
-        record.heard_at_ms + MISSED_HEARTBEATS * record.lease.heartbeat_ms,
-        record.progress_at_ms + record.progress_window_ms,
-    )
-
-
 def expire_if_due(record: LeaseRecord, *, now_ms: int) -> LeaseRecord:
     """An open lease with a clock run out is EXPIRED; any other is returned as it was."""
     clock = due(record, now_ms)

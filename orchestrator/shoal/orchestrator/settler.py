@@ -80,6 +80,8 @@ class Settler:
             epoch = self._journal.turn_epoch(job_id)
             payouts = self._ledgers[job_id].payouts(epoch)
             await self._context.database.run(lambda session: self._close(session, payouts))
+            # The chain must never know an epoch that a power cut took from the database.
+            await self._context.database.make_durable()
             await self._post_unposted(job_id)
             return True
 
