@@ -70,10 +70,10 @@ def test_a_killed_devnet_leaves_nothing(tmp_path: Path) -> None:
 def test_a_bad_job_is_one_sentence_and_costs_nothing(
     one_worker: Market, setting: str, code: int, words: str
 ) -> None:
-    before = len(one_worker.jobs())
+    before = one_worker.num_jobs()
     found, sentence = refused("submit", JOB, *one_worker.payer, *settings(setting))
     assert (found, words in sentence) == (code, True), sentence
-    assert len(one_worker.jobs()) == before
+    assert one_worker.num_jobs() == before
     assert one_worker.healthy()
 
 

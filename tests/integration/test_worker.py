@@ -123,22 +123,13 @@ async def market(directory: Path) -> AsyncIterator[Market]:
     async with AsyncExitStack() as stack:
         anvil = await stack.enter_async_context(Anvil(directory / "chain"))
         deployment = await deploy(anvil.rpc_url, dev_account(0))
-        gateways = [
-            await stack.enter_async_context(
-                await ChainGateway.connect(anvil.rpc_url, deployment, dev_account(number))
-            )
-            for number in range(3)
-        ]
-        faucet, requester, coordinator = gateways
+        faucet, requester, coordinator = await _gateways(stack, anvil.rpc_url, deployment)
         await faucet.fund(requester.account, 0, BUDGET_MICROS)
         deadline_s = await faucet.now_s() + 86_400
         await requester.open_job(JOB_DIGEST, coordinator.account, BUDGET_MICROS, deadline_s)
         job_id = _job_id(requester.account)
 
-        folder = directory / "model"
-        tokenizer = build_tokenizer()
-        build_model(0, len(tokenizer)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        folder = _tiny_base(directory / "model")
         store = BlobStore(directory / "blobs", 1 << 30)
         base = describe_base("builtin:test", folder, store.put_file)
         # Sums are split by thread: only with the worker's own number are they bit-equal.
@@ -184,6 +175,24 @@ async def market(directory: Path) -> AsyncIterator[Market]:
         await network.start()
         stack.push_async_callback(network.stop)
         yield world
+
+
+async def _gateways(
+    stack: AsyncExitStack, rpc_url: str, deployment: Deployment
+) -> list[ChainGateway]:
+    return [
+        await stack.enter_async_context(
+            await ChainGateway.connect(rpc_url, deployment, dev_account(number))
+        )
+        for number in range(3)
+    ]
+
+
+def _tiny_base(folder: Path) -> Path:
+    tokenizer = build_tokenizer()
+    build_model(0, len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _job_id(requester: str) -> str:

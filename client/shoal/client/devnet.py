@@ -153,6 +153,9 @@ class Devnet:
 
     async def _start(self) -> None:
         self._stack.enter_context(self.folder.locked())
+        if self.options.api_port:
+            # A port that is used should cost nobody the start of a chain.
+            claim_port(self.options.api_port, "the API")
         self._anvil = await self._start_chain()
         deployment = await self._deployed(self._anvil.rpc_url)
         rpc_url = self._anvil.rpc_url

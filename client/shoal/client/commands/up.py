@@ -43,15 +43,18 @@ async def _serve(options: DevnetOptions, output: Output) -> None:
 
     started_s = time.monotonic()
     devnet = Devnet(options, say=lambda line: output.say(f"[dim]{line}[/dim]"))
+    greeted = False
     try:
         async with devnet:
             _greet(devnet, output, time.monotonic() - started_s)
+            greeted = True
             try:
                 await devnet.wait_for_failure()
             finally:
                 output.say("[dim]stopping workers, orchestrator, chain[/dim]")
     finally:
-        output.say("[dim]stopped[/dim]")
+        if greeted:
+            output.say("[dim]stopped[/dim]")
 
 
 def _greet(devnet: Devnet, output: Output, took_s: float) -> None:
