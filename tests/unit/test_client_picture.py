@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from client_records import drawn, job
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.follow import plain_line
+from shoal.client.follow import PriceMemory, plain_line
+from shoal.client.output import Output
 from shoal.client.picture import dollars, duration, picture_of, sparkline
 from shoal.client.views import JobView, parse_view
-from shoal.protocol.errors import PeerFault
+from shoal.protocol.errors import InvalidRequest, PeerFault
 
 
 def test_the_picture_holds_the_figures_in_80_columns() -> None:
@@ -21,6 +24,39 @@ def test_the_picture_holds_the_figures_in_80_columns() -> None:
     assert "0.000800" in text
     # Nothing wraps: a table of one worker has one line each.
     assert len([line for line in text.splitlines() if "worker-1" in line]) == 1
+
+
+def test_the_first_and_the_last_accuracies_are_shown() -> None:
+    evaluations = [{"policy_version": n, "accuracy": n / 10, "num_examples": 512} for n in range(6)]
+    text = drawn(picture_of(parse_view(JobView, job(evaluations=evaluations)), []))
+    assert "0.0% … 30.0% → 40.0% → 50.0%" in text
+
+
+def test_prices_are_remembered_when_the_market_has_forgotten_them() -> None:
+    memory = PriceMemory()
+    before = parse_view(JobView, job())
+    assert memory.fill(before) == before
+    workers = [worker | {"price_micros": {}} for worker in job()["workers"]]
+    assert memory.fill(parse_view(JobView, job(workers=workers))) == before
+    assert PriceMemory().fill(parse_view(JobView, job(workers=workers))) != before
+
+
+def test_the_picture_of_a_run_holds_what_was_said_and_asks_nobody_for_a_font(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Output(json_mode=False, picture_width=60)
+    output.say("[bold]market[/bold]")
+    output.say("passing", kept=False)
+    output.keep("result")
+    output.save_picture(tmp_path / "run.svg", "a title")
+    picture = (tmp_path / "run.svg").read_text()
+    assert "market" in picture
+    assert "result" in picture
+    for absent in ("passing", "@font-face", "https://cdn"):
+        assert absent not in picture
+    assert capsys.readouterr().out.split() == ["market", "passing"]
+    with pytest.raises(InvalidRequest, match="cannot be written"):
+        output.save_picture(tmp_path / "none" / "run.svg", "a title")
 
 
 def test_a_job_that_has_not_begun_is_drawn() -> None:

@@ -110,7 +110,8 @@ async def run_demo(options: DemoOptions, output: Output) -> DemoSummary:
     data_dir = _clear(options.out)
     devnet_options = DevnetOptions(data_dir=data_dir, num_workers=options.num_workers)
     async with Devnet(devnet_options, say=lambda line: output.say(f"[dim]{line}[/dim]")) as devnet:
-        output.say(f"[bold]market up[/bold] at {devnet.running.api_url}, logs in {data_dir}")
+        logs = options.out / "devnet"
+        output.say(f"[bold]market up[/bold] at {devnet.running.api_url}, logs in {logs}")
         run = _DemoRun(devnet, spec, options, output)
         watched = asyncio.ensure_future(devnet.wait_for_failure())
         work = asyncio.ensure_future(run.execute())
