@@ -358,8 +358,8 @@ def test_a_worker_without_stake_ends_with_one_sentence(tmp_path: Path) -> None:
                 async with asyncio.timeout(60):
                     _, said = await process.communicate()
                 assert process.returncode == Unauthorised.exit_code
-                error = json.loads(said)
-                assert (error["error"], error["code"]) == ("Unauthorised", "no_stake")
-                assert "--stake 5.00" in error["message"]
+                (sentence,) = said.decode().splitlines()
+                assert sentence.startswith("shoal worker: The account 0x")
+                assert "--stake 5.00" in sentence
 
     asyncio.run(scenario())
