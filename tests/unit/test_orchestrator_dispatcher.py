@@ -185,6 +185,8 @@ def test_silence_and_deadlines_end_a_lease_and_nothing_sooner(
             assert (live.record.state, live.record.clock) == (LeaseState.EXPIRED, clock)
             assert deal.untouched()
             assert deal.sale.workload.failures == 1
+            # The silent node does not win the very same units at once again.
+            assert not lab.orchestrator.auctioneer._may_work(deal.peer.node, lab.time.now_ms())
             assert (await deal.peer.beat(offer)).revoked == (offer.lease.record.lease_id,)
             assert (await lab.lease_row(offer)).state == "expired"
 

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, Unauthorised
-from shoal.protocol.job import BudgetSpec, EnvSpec, Job, JobState
+from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, Job, JobState
 from shoal.protocol.signing import Signed, sign
 
 
@@ -123,6 +123,12 @@ def test_a_job_signed_by_another_is_refused(tmp_path: Path) -> None:
             OverBudget,
             "budget_too_small",
             "0.008",
+        ),
+        (
+            {"evaluation": EvalSpec(num_examples=65_536)},
+            InvalidRequest,
+            "too_few_prompts",
+            "eval.num_examples",
         ),
         ({"batch_size": 4 * 513}, InvalidRequest, "batch_too_large", "512"),
     ],

@@ -182,7 +182,7 @@ def test_a_restart_while_settling_goes_on_to_the_same_end_and_releases_once(
     run(go_on)
 
 
-@pytest.mark.parametrize("when", ["funding", "loading", "running"])
+@pytest.mark.parametrize("when", ["funding", "loading", "running", "paused"])
 def test_a_requester_may_cancel_at_any_time(
     tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -192,6 +192,8 @@ def test_a_requester_may_cancel_at_any_time(
 
             async def play(job_run: JobRun) -> None:
                 running.set()
+                if when == "paused":
+                    raise OverBudget("No money is left.")
                 await job_run._unless_halted(asyncio.Event().wait())  # type: ignore[arg-type]
 
             plays(monkeypatch, play)
@@ -204,12 +206,19 @@ def test_a_requester_may_cancel_at_any_time(
                 await jobs.start(job)
             if when == "running":
                 await running.wait()
+            if when == "paused":
+                assert (await ended(lab, job)).state == "paused"
             command = JobCommand(job_id=job, kind=JobCommandKind.CANCEL)
             with pytest.raises(Unauthorised):
                 await jobs.cancel(sign(command, DOMAIN, lab.context.account))
             await jobs.cancel(sign(command, DOMAIN, lab.requester))
-            row = await ended(lab, job)
+            row = (
+                await lab.orchestrator.intake.require(job)
+                if when == "paused"
+                else await ended(lab, job)
+            )
             assert (row.state, row.reason) == ("cancelled", "cancelled by its requester")
+            assert when != "paused" or lab.chain.escrows[job].closed
             # A second time changes nothing.
             await jobs.cancel(sign(command, DOMAIN, lab.requester))
             assert (await lab.orchestrator.intake.require(job)).state == "cancelled"

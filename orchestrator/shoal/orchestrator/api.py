@@ -102,13 +102,19 @@ class Api:
             "deployment": deployment.to_json(),
             "orchestrator": self._context.account.address,
             "peer_id": self._context.network.peer_id,
-            "p2p_addresses": self._context.network.addresses,
+            "p2p_addresses": self._p2p_addresses(),
             "blob_urls": self._roster.blob_urls,
             "api_url": self._roster.api_url,
             "rpc_urls": [self._context.config.rpc_url],
             "min_stake_micros": self._context.config.min_stake_micros,
             "challenge_window_s": await self._context.chain.challenge_window_s(),
         }
+
+    def _p2p_addresses(self) -> list[str]:
+        """The node's addresses; a wildcard is replaced by the host the operator made public."""
+        kind = "ip4" if self._context.config.public_host.replace(".", "").isdigit() else "dns4"
+        public = f"/{kind}/{self._context.config.public_host}/"
+        return [a.replace("/ip4/0.0.0.0/", public, 1) for a in self._context.network.addresses]
 
     async def submit(self, request: Request) -> dict[str, Any]:
         """Takes a signed job; the requester then funds its escrow."""

@@ -39,7 +39,7 @@ class Auctioneer:
         self._suspended_until_ms: dict[str, int] = {}
         self._idle: dict[str, RejectReason] = {}
         dispatcher.on_capacity = self.poke
-        dispatcher.on_refusal = lambda node, reason: self.suspend(node)
+        dispatcher.on_failure = self.suspend
 
     def poke(self) -> None:
         """Asks for another clearing."""
@@ -76,7 +76,7 @@ class Auctioneer:
         return sign(receipt, self._context.domain, self._context.account)
 
     def suspend(self, node: str) -> None:
-        """Keeps ``node`` out of auctions for a while: it refused, or its work was rejected."""
+        """Keeps ``node`` out of auctions for a while: it refused, was silent or was rejected."""
         self._suspended_until_ms[node] = self._context.time.now_ms() + _SUSPENSION_MS
 
     def node_lost(self, node: str) -> None:

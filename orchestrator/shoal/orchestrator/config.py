@@ -1,8 +1,9 @@
-"""The orchestrator's configuration: defaults, then a TOML file, then the command line."""
+"""The orchestrator's configuration: defaults, TOML file, environment, command line."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.record import first_fault
+
+ENVIRONMENT_PREFIX = "SHOAL_ORCHESTRATOR_"
 
 
 class OrchestratorConfig(BaseModel):
@@ -56,8 +59,17 @@ class OrchestratorConfig(BaseModel):
         return self.database_url or f"sqlite:///{self.data_dir / 'orchestrator.db'}"
 
 
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Settings named ``SHOAL_ORCHESTRATOR_…``, for example ``SHOAL_ORCHESTRATOR_RPC_URL``."""
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+    }
+
+
 def load_config(file: Path | None, overrides: Mapping[str, object]) -> OrchestratorConfig:
-    """The configuration in ``file``, with ``overrides`` on top.
+    """The configuration in ``file``, with the environment and then ``overrides`` on top.
 
     Raises:
         InvalidRequest: naming the file, the key and, for an unknown key, the nearest one.
@@ -72,6 +84,7 @@ def load_config(file: Path | None, overrides: Mapping[str, object]) -> Orchestra
             raise InvalidRequest(f"The configuration {file} cannot be read: {error}.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"The configuration {file} is not TOML: {error}.") from None
+    values |= _from_environment(os.environ)
     values |= {key: value for key, value in overrides.items() if value is not None}
     for key in values.keys() - OrchestratorConfig.model_fields.keys():
         near = difflib.get_close_matches(key, OrchestratorConfig.model_fields, n=1)

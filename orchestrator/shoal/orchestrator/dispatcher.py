@@ -104,8 +104,8 @@ class Dispatcher:
         self._arrivals = itertools.count()
         self.on_capacity: Callable[[], None] = lambda: None
         """Called when units may be auctioned again."""
-        self.on_refusal: Callable[[str, str], None] = lambda node, reason: None
-        """Called with a node and its reason when it refuses a lease it bid for."""
+        self.on_failure: Callable[[str], None] = lambda node: None
+        """Called with a node that refused a lease it bid for, or let one run out."""
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind; a submitted result no longer counts."""
@@ -243,7 +243,7 @@ class Dispatcher:
             reason=printable(reason)[:500],
             now_ms=self._context.time.now_ms(),
         )
-        self.on_refusal(live.lease.node, reason)
+        self.on_failure(live.lease.node)
         await self.end(live, record, failed=False)
 
     def _change(self, live: LiveLease, record: LeaseRecord) -> None:
@@ -419,6 +419,8 @@ class Dispatcher:
         for live in list(self._live.values()):
             record = leases.expire_if_due(live.record, now_ms=now_ms)
             if record is not live.record:
+                # Else a node that takes leases and stays silent would win the units again.
+                self.on_failure(live.lease.node)
                 await self.end(live, record, failed=True)
 
     async def revoke_job(self, job_id: str, reason: str) -> None:

@@ -20,7 +20,8 @@ from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.signing import Signed
 from shoal.provenance.statement import MAX_LINKS
 from shoal.rl.base_models import fetch_base
-from shoal.rl.environments import Split, load_environment
+from shoal.rl.environments import Environment, Split, load_environment
+from shoal.rl.prompts import eval_prompts
 
 _log = logging.getLogger(__name__)
 
@@ -77,9 +78,16 @@ class Intake:
         return row
 
     def _prepare(self, spec: JobSpec) -> BaseModelRef:
+        environments: list[Environment] = []
         for env_spec in spec.environments:
-            environment = load_environment(env_spec)
-            environment.num_tasks(Split.TRAIN)
+            environments.append(load_environment(env_spec))
+        # Draws the held-out prompts once, which refuses a job that asks for too many.
+        eval_prompts(
+            "0x" + spec.digest(),
+            spec.environments,
+            [environment.num_tasks(Split.EVAL) for environment in environments],
+            spec.evaluation.num_examples,
+        )
         folder = fetch_base(
             spec.model,
             self._context.config.resolved_models_dir(),

@@ -129,6 +129,9 @@ class Jobs:
             run.halt(JobCancelled("cancelled by its requester"))
         elif row.state == JobState.FUNDING.value:
             await self._finish(job_id, JobState.CANCELLED, "cancelled by its requester")
+        elif row.state == JobState.PAUSED.value:
+            await self._close_escrow(job_id)
+            await self._finish(job_id, JobState.CANCELLED, "cancelled by its requester")
         elif row.state == JobState.RUNNING.value:
             # Its policy is still being loaded; it is halted as soon as there is a run.
             self._cancelled.add(job_id)

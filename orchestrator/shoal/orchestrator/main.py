@@ -197,7 +197,7 @@ async def serve(
     async with open_context(config) as context:
         blob_server: BlobServer | None = None
         orchestrator = Orchestrator(
-            context, api_url, lambda: blob_server.url if blob_server else ""
+            context, api_url, lambda: _advertised(blob_server, config.public_host)
         )
         blob_server = BlobServer(
             context.blobs,
@@ -218,6 +218,13 @@ async def serve(
             server.should_exit = True
             await serving
             await blob_server.stop()
+
+
+def _advertised(blob_server: BlobServer | None, public_host: str) -> str:
+    """Where others reach the blob server, which may itself listen on a wildcard address."""
+    if blob_server is None:
+        return ""
+    return f"http://{public_host}:{blob_server.url.rpartition(':')[2]}"
 
 
 def _bind(host: str, port: int) -> socket.socket:
