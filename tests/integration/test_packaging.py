@@ -42,6 +42,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             )
         else:
             shutil.copy(source, copy)
+    shutil.copytree(ROOT / "examples", copy / "examples")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")],
         cwd=copy,
@@ -73,6 +74,7 @@ def test_wheel_holds_all_that_is_not_python(wheel_names: list[str]) -> None:
         if path.is_file() and path.suffix not in {".py", ".pyc"}
     }
     assert any(name.startswith("shoal/contracts/") and name.endswith(".json") for name in wanted)
+    wanted.add("shoal/client/examples/addition.toml")
     assert wanted <= set(wheel_names)
 
 
