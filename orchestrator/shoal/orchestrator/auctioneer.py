@@ -18,6 +18,7 @@ from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unaut
 from shoal.protocol.ids import PeerId
 from shoal.protocol.market import Bid, BidReceipt, TaskKind
 from shoal.protocol.node import LOTS_TOPIC, IdleReason
+from shoal.protocol.record import Record
 from shoal.protocol.signing import Signed, sign
 
 _log = logging.getLogger(__name__)
@@ -121,11 +122,14 @@ class Auctioneer:
         await self._context.database.run(lambda session: session.add(row))
         self._open.append(workload)
         self.poke()
+        await self.announce(LOTS_TOPIC, workload.lot)
+
+    async def announce(self, topic: str, record: Record) -> None:
+        """Gossips ``record`` to whoever listens; nothing depends on its arrival."""
         try:
-            await self._context.network.publish(LOTS_TOPIC, workload.lot.encode())
+            await self._context.network.publish(topic, record.encode())
         except ShoalError as error:
-            # Gossip only spares bidders a heartbeat; nothing depends on it.
-            _log.warning("lot_not_announced", extra={"reason": error.message})
+            _log.warning("not_announced", extra={"topic": topic, "reason": error.message})
 
     def withdraw(self, job_id: str) -> None:
         """Offers nothing of the job any more."""

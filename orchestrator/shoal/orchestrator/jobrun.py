@@ -31,6 +31,7 @@ from shoal.orchestrator.store.tables import JobRow, PolicyRow, StatementRow
 from shoal.orchestrator.workload import Delivery
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import InvariantBroken, ShoalError
+from shoal.protocol.node import POLICIES_TOPIC
 from shoal.protocol.policy import PolicyVersion
 from shoal.provenance.statement import (
     StatementKind,
@@ -268,6 +269,7 @@ class JobRun:
         # Older versions are read by stragglers only; they go first where room is short.
         if len(self._pinned) > self.learner.spec.max_staleness + 2:
             self._context.blobs.unpin(self._pinned.popleft())
+        await self._auctioneer.announce(POLICIES_TOPIC, policy)
 
     async def _state_environments(self) -> None:
         rows = [
