@@ -36,8 +36,8 @@ test: check ## everything CI runs: check, then contracts, integration and end-to
 test-slow: setup ## the tests that take longer than a minute each
 	$(BIN)/python -m pytest -q -m slow tests
 
-contracts: setup ## compile the contracts and test them
-	cd contracts/solidity && ../../$(CHAIN)/node_modules/.bin/forge build --offline
+contracts: setup ## compile the contracts, renew what the wheel ships of them, test them
+	$(BIN)/python -m shoal.contracts.build
 	cd contracts/solidity && ../../$(CHAIN)/node_modules/.bin/forge test --offline
 
 bench: setup ## what the market costs over the same updates in one process
