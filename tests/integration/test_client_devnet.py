@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from shoal.client.children import Child
-from shoal.client.devnet import Devnet, DevnetOptions, claim_port
+from shoal.client.devnet import Devnet, DevnetOptions
 from shoal.protocol.errors import InvalidRequest, Unavailable
+from shoal.protocol.process import claim_port
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"  # noqa: E501
 GENTLE = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,6 +26,7 @@ from shoal.client.views import MarketInfo
 from shoal.protocol.errors import InvalidRequest, Unavailable
 from shoal.protocol.keystore import load_or_create_account
 from shoal.protocol.money import MICROS_PER_DOLLAR
+from shoal.protocol.process import claim_port
 
 if TYPE_CHECKING:
     from shoal.contracts.anvil import Anvil
@@ -320,26 +320,6 @@ def default_models_dir() -> Path:
 def module_command(module: str, config: Path, *extra: str) -> list[str]:
     """The command line that runs one of our processes on a configuration file."""
     return [sys.executable, "-m", module, "--config", str(config), *extra]
-
-
-def claim_port(port: int, what: str) -> int:
-    """``port``, or a free one for 0, found free just now.
-
-    Raises:
-        InvalidRequest: something listens there already.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise InvalidRequest(
-                f"Port {port} on 127.0.0.1 cannot be used for {what} ({error.strerror}); choose "
-                "another port or stop what uses it.",
-                code="port_in_use",
-                port=port,
-            ) from None
-        return int(probe.getsockname()[1])
 
 
 async def _chain_ended(anvil: Anvil | None) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +21,7 @@ from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
 
 from shoal.protocol.errors import InvalidRequest, Unavailable
-from shoal.protocol.process import end_with_parent
+from shoal.protocol.process import claim_port, end_with_parent
 
 CHAIN_ID = 31337
 """Anvil's own; no public chain has it."""
@@ -90,7 +89,7 @@ class Anvil:
         self.directory.mkdir(parents=True, exist_ok=True)
         attempts = 1 if self._fixed_port else _PORT_ATTEMPTS
         for attempt in range(1, attempts + 1):
-            self.port = _claim_port(self.port if self._fixed_port else 0)
+            self.port = claim_port(self.port if self._fixed_port else 0, "the chain")
             self._process = await self._spawn(binary)
             try:
                 await self._wait_ready(self._process)
@@ -231,20 +230,3 @@ def dev_account(index: int) -> LocalAccount:
         DEV_MNEMONIC, account_path=f"m/44'/60'/0'/0/{index}"
     )
     return account
-
-
-def _claim_port(port: int) -> int:
-    """``port``, or a free one for 0, found free just now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As the chain itself does: a port in TIME_WAIT is free, a listening one is not.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise InvalidRequest(
-                f"Port {port} on 127.0.0.1 cannot be used for the chain ({error.strerror}); choose "
-                "another port or stop what uses it.",
-                code="port_in_use",
-                port=port,
-            ) from error
-        return int(probe.getsockname()[1])

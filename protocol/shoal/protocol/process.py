@@ -1,4 +1,4 @@
-"""What every program of Shoal does the same way at its edge: options, errors, its parent's end."""
+"""What every program of Shoal does alike at its edge: options, errors, ports, its parent's end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
@@ -64,3 +65,24 @@ def end_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return in_child
+
+
+def claim_port(port: int, what: str) -> int:
+    """``port``, or a free one for 0, found free just now.
+
+    Raises:
+        InvalidRequest: something listens there already.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # A port in TIME_WAIT is free, a listening one is not.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InvalidRequest(
+                f"Port {port} on 127.0.0.1 cannot be used for {what} ({error.strerror}); choose "
+                "another port or stop what uses it.",
+                code="port_in_use",
+                port=port,
+            ) from None
+        return int(probe.getsockname()[1])
