@@ -51,6 +51,10 @@ async def _pair(world: World, limits: Limits | None = None) -> tuple[Network, Ne
     client = await world.node(listens=False, limits=limits)
     assert client.addresses == ()
     assert await client.connect(server.addresses[0], timeout_s=WAIT_S) == server.peer_id
+    # A dialler knows of its connection a moment before the other end does.
+    async with asyncio.timeout(WAIT_S):
+        while client.peer_id not in server.peers():
+            await asyncio.sleep(0.005)
     return server, client
 
 

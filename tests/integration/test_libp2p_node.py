@@ -107,6 +107,13 @@ async def peer_process(key: str, role: str, address: str) -> AsyncIterator[tuple
         await process.stdout.read()
 
 
+async def arrived(node: Libp2pNode, peer: PeerId) -> None:
+    """The peer's connection is open at this end too: a dialler knows of it a moment earlier."""
+    async with asyncio.timeout(WAIT_S):
+        while peer not in node.peers():
+            await asyncio.sleep(0.005)
+
+
 def test_killed_peer_is_reported_and_found_again(tmp_path: object) -> None:
     async def run() -> None:
         node = fresh()
@@ -116,6 +123,7 @@ def test_killed_peer_is_reported_and_found_again(tmp_path: object) -> None:
         async with started(node):
             async with peer_process(key, "dial", node.addresses[0]) as (pid, name):
                 worker = PeerId(name)
+                await arrived(node, worker)
                 assert await node.request(worker, ECHO, b"a", timeout_s=WAIT_S) == b"a"
                 killed_at = time.monotonic()
                 os.kill(pid, signal.SIGKILL)
@@ -126,6 +134,7 @@ def test_killed_peer_is_reported_and_found_again(tmp_path: object) -> None:
                     await node.request(worker, ECHO, b"b", timeout_s=WAIT_S)
             async with peer_process(key, "dial", node.addresses[0]) as (_, name):
                 assert name == worker
+                await arrived(node, worker)
                 assert await node.request(worker, ECHO, b"c", timeout_s=WAIT_S) == b"c"
             assert lost.qsize() <= 1
 
@@ -165,6 +174,7 @@ def test_silent_peer_is_closed_after_two_missed_pings(tmp_path: object) -> None:
             started(node),
             peer_process(f"{tmp_path}/key.pem", "dial", node.addresses[0]) as (pid, name),
         ):
+            await arrived(node, PeerId(name))
             # Answered pings keep the peer: several rounds pass without a loss.
             for _ in range(3):
                 await asyncio.sleep(0.2)
