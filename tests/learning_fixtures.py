@@ -12,15 +12,8 @@ from numpy.typing import NDArray
 from shoal.models.base import describe_base
 from shoal.models.policy import Policy
 from shoal.models.tiny import build_model, build_tokenizer
-from shoal.protocol.job import (
-    BudgetSpec,
-    EnvSpec,
-    EvalSpec,
-    JobSpec,
-    LoraSpec,
-    OptimizerSpec,
-    SamplingSpec,
-)
+from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, JobSpec, SamplingSpec
+from shoal.protocol.learning import LoraSpec, OptimizerSpec
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.result import Result
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask

@@ -16,7 +16,8 @@ from market_records import DOMAIN, account, node_key
 
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import sha256_hex
-from shoal.protocol.job import BudgetSpec, EnvSpec, Job, JobSpec, LoraSpec, LossSpec, SamplingSpec
+from shoal.protocol.job import BudgetSpec, EnvSpec, Job, JobSpec, SamplingSpec
+from shoal.protocol.learning import GradientSpec, LoraSpec, LossSpec, OptimizerSpec
 from shoal.protocol.market import Lease, Payout
 from shoal.protocol.merkle import MerkleTree, payout_leaf
 from shoal.protocol.node import BoundNode, ContractAddresses, NodeBinding
@@ -224,6 +225,7 @@ class Story:
             lora=LoraSpec(),
             environments=(ENVIRONMENT,),
             prompts=(PromptRef(environment=0, index=1), PromptRef(environment=0, index=2)),
+            slots=(0, 1),
             group_size=4,
             sampling=SamplingSpec(max_tokens=4),
             seed=3,
@@ -240,6 +242,9 @@ class Story:
             lora=LoraSpec(),
             loss=LossSpec(),
             loss_sha256=LossSpec().digest(),
+            gradient=GradientSpec(),
+            optimizer=OptimizerSpec(),
+            learning_rate=1e-3,
             temperature=1.0,
             slice=BlobRef(sha256="8" * 64, size_bytes=4),
             num_rows=8,
@@ -256,7 +261,11 @@ class Story:
             lora=LoraSpec(),
             environments=(ENVIRONMENT,),
             prompts=(PromptRef(environment=0, index=1),),
+            slots=(0,),
+            samples_per_prompt=1,
+            temperature=0.0,
             max_tokens=4,
+            seed=3,
         )
 
     def update(self, version: int, rollouts: tuple[str, ...], gradients: tuple[str, ...]) -> str:

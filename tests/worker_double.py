@@ -18,7 +18,8 @@ from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import digest_of, sha256_hex
 from shoal.protocol.errors import ShoalError, Unavailable
 from shoal.protocol.ids import Digest, PeerId
-from shoal.protocol.job import EnvSpec, LoraSpec, LossSpec, SamplingSpec
+from shoal.protocol.job import EnvSpec, SamplingSpec
+from shoal.protocol.learning import GradientSpec, LoraSpec, LossSpec, OptimizerSpec
 from shoal.protocol.market import Bid, BidReceipt, Lease, TaskKind
 from shoal.protocol.node import (
     BID_PROTOCOL,
@@ -95,18 +96,31 @@ def make_task(kind: TaskKind, number: int = 0) -> AnyTask:
                 batch=0,
                 environments=ENVIRONMENTS,
                 prompts=prompts,
+                slots=(0, 1),
                 group_size=4,
                 sampling=SamplingSpec(max_tokens=4),
                 seed=number,
             )
         case TaskKind.EVALUATE:
-            return EvaluateTask(**shared, environments=ENVIRONMENTS, prompts=prompts, max_tokens=4)
+            return EvaluateTask(
+                **shared,
+                environments=ENVIRONMENTS,
+                prompts=prompts,
+                slots=(0, 1),
+                samples_per_prompt=1,
+                temperature=0.0,
+                max_tokens=4,
+                seed=number,
+            )
         case TaskKind.GRADIENT:
             return GradientTask(
                 **shared,
                 batch=0,
                 loss=LossSpec(),
                 loss_sha256=LossSpec().digest(),
+                gradient=GradientSpec(),
+                optimizer=OptimizerSpec(),
+                learning_rate=1e-3,
                 temperature=1.0,
                 slice=blob(SLICE),
                 num_rows=8,

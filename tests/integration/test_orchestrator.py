@@ -32,16 +32,9 @@ from shoal.orchestrator.config import OrchestratorConfig
 from shoal.orchestrator.main import serve
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.store.tables import JobRow, LeaseRow, StatementRow
-from shoal.protocol.job import (
-    BudgetSpec,
-    EnvSpec,
-    EvalSpec,
-    JobSpec,
-    LoraSpec,
-    OptimizerSpec,
-    SamplingSpec,
-)
+from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, JobSpec, SamplingSpec
 from shoal.protocol.keystore import store_account
+from shoal.protocol.learning import LoraSpec, OptimizerSpec
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import HelloReply
 from shoal.protocol.result import Verdict

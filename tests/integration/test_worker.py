@@ -31,8 +31,9 @@ from shoal.network.identity import NodeIdentity, public_key_of
 from shoal.network.libp2p_node import Libp2pNode
 from shoal.protocol.errors import Unauthorised
 from shoal.protocol.ids import PeerId
-from shoal.protocol.job import EnvSpec, LoraSpec, LossSpec, SamplingSpec
+from shoal.protocol.job import EnvSpec, SamplingSpec
 from shoal.protocol.keystore import load_or_create_account
+from shoal.protocol.learning import GradientSpec, LoraSpec, LossSpec, OptimizerSpec
 from shoal.protocol.merkle import MerkleTree, payout_leaf
 from shoal.protocol.node import ContractAddresses, ResultMessage
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
@@ -273,6 +274,7 @@ async def _work(world: Market, node: PeerId, account: str) -> None:
         batch=0,
         environments=(ENVIRONMENT,),
         prompts=prompts,
+        slots=(0, 1),
         group_size=64,
         sampling=SamplingSpec(max_tokens=4),
         seed=5,
@@ -281,7 +283,14 @@ async def _work(world: Market, node: PeerId, account: str) -> None:
     assert payload == run_rollout(world.policy, rollout, environments)
 
     evaluate = EvaluateTask(
-        **world.task(2), environments=(ENVIRONMENT,), prompts=prompts, max_tokens=4
+        **world.task(2),
+        environments=(ENVIRONMENT,),
+        prompts=prompts,
+        slots=(0, 1),
+        samples_per_prompt=1,
+        temperature=0.0,
+        max_tokens=4,
+        seed=5,
     )
     assert await computed(world, evaluate, node, account) == run_evaluate(
         world.policy, evaluate, environments
@@ -299,6 +308,9 @@ async def _work(world: Market, node: PeerId, account: str) -> None:
         batch=0,
         loss=LossSpec(),
         loss_sha256=LossSpec().digest(),
+        gradient=GradientSpec(),
+        optimizer=OptimizerSpec(),
+        learning_rate=1e-3,
         temperature=1.0,
         slice=world.store.put_bytes(slice_bytes),
         num_rows=128,

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 
 from shoal.client.jobfile import parse_job, render_job_file
 from shoal.protocol.errors import InvalidRequest
-from shoal.protocol.job import (
-    AdvantageScale,
-    BudgetSpec,
-    EnvSpec,
-    JobSpec,
-    LoraSpec,
-    LossSpec,
-    OptimizerSpec,
-)
+from shoal.protocol.job import BudgetSpec, EnvSpec, JobSpec
+from shoal.protocol.learning import AdvantageScale, LoraSpec, LossSpec, OptimizerSpec
 from shoal.protocol.money import MAX_MICROS
 from shoal.protocol.record import MAX_INT
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import EnvSpec
 from shoal.protocol.record import MAX_INT
-from shoal.rl.prompts import draw_prompts, eval_prompts, task_seed
+from shoal.rl.prompts import batch_seed, draw_prompts, eval_prompts
 
 JOB = "0x" + "ab" * 32
 OTHER_JOB = "0x" + "cd" * 32
@@ -68,6 +68,6 @@ def test_other_job_batch_or_slot_gives_other_draws() -> None:
     assert base != draw_prompts(JOB, 1, 8, specs, sizes)
     assert base != draw_prompts(OTHER_JOB, 0, 8, specs, sizes)
     assert eval_prompts(JOB, specs, sizes, 8) != eval_prompts(OTHER_JOB, specs, sizes, 8)
-    seeds = {task_seed(job, b, s) for job in (JOB, OTHER_JOB) for b in range(4) for s in range(4)}
+    seeds = {batch_seed(job, b) for job in (JOB, OTHER_JOB) for b in range(16)}
     assert len(seeds) == 32
     assert all(0 <= seed <= MAX_INT for seed in seeds)

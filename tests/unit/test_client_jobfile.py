@@ -8,7 +8,7 @@ import pytest
 
 from shoal.client.jobfile import load_job_file, parse_job, render_job_file
 from shoal.protocol.errors import InvalidRequest, NotFound
-from shoal.protocol.job import LossKind
+from shoal.protocol.learning import LoraSpec, LossKind
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GOOD = """\
@@ -115,7 +115,7 @@ def test_overrides_reach_every_part() -> None:
         "job.toml",
         ["seed=9", "name=other", "lora.r=4", "env.0.weight=2", "budget.max_total=3.00"],
     )
-    assert (spec.seed, spec.name, spec.lora.r) == (9, "other", 4)
+    assert (spec.seed, spec.name, spec.lora) == (9, "other", LoraSpec(r=4))
     assert spec.environments[0].weight == 2.0
     assert spec.budget.max_total_micros == 3_000_000
 

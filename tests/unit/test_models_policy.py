@@ -17,7 +17,7 @@ from shoal.models.base import describe_base, require_allowed_files, resolve_base
 from shoal.models.policy import Policy
 from shoal.models.sampling import draw_uniforms_bt, select_tokens_b
 from shoal.protocol.errors import InvalidRequest, PeerFault
-from shoal.protocol.job import LoraSpec
+from shoal.protocol.learning import LoraSpec
 from shoal.rl.local import blob_of_file
 
 
@@ -45,7 +45,7 @@ def test_empty_prompt_is_refused(lab: Lab) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_an_unbatched_forced_pass(lab: Lab, temperature: float) -> None:
     prompts = prompts_of(lab.policy)
-    uniforms = draw_uniforms_bt(7, len(prompts), 12)
+    uniforms = draw_uniforms_bt(7, range(len(prompts)), 12)
     drawn = lab.policy.engine.generate(
         prompts, max_tokens=12, temperature=temperature, uniforms_bt=uniforms
     )
@@ -61,7 +61,7 @@ def test_logprobs_equal_an_unbatched_forced_pass(lab: Lab, temperature: float) -
 
 def test_rows_do_not_depend_on_their_neighbours(lab: Lab) -> None:
     prompts = prompts_of(lab.policy)
-    uniforms = draw_uniforms_bt(7, len(prompts), 8)
+    uniforms = draw_uniforms_bt(7, range(len(prompts)), 8)
     together = lab.policy.engine.generate(
         prompts, max_tokens=8, temperature=1.0, uniforms_bt=uniforms
     )
@@ -73,7 +73,7 @@ def test_rows_do_not_depend_on_their_neighbours(lab: Lab) -> None:
 
 def test_rows_end_at_the_first_end_token(lab: Lab) -> None:
     prompts = prompts_of(lab.policy) * 4
-    uniforms = draw_uniforms_bt(3, len(prompts), 40)
+    uniforms = draw_uniforms_bt(3, range(len(prompts)), 40)
     drawn = lab.policy.engine.generate(
         prompts, max_tokens=40, temperature=1.5, uniforms_bt=uniforms
     )
@@ -94,10 +94,10 @@ def test_greedy_takes_the_likeliest_token(lab: Lab) -> None:
 
 
 def test_uniforms_of_a_row_need_no_other_row() -> None:
-    few, many = draw_uniforms_bt(5, 2, 4), draw_uniforms_bt(5, 9, 4)
+    few, many = draw_uniforms_bt(5, range(2), 4), draw_uniforms_bt(5, range(9), 4)
     assert np.array_equal(few, many[:2])
     assert not np.array_equal(many[0], many[1])
-    assert not np.array_equal(many, draw_uniforms_bt(6, 9, 4))
+    assert not np.array_equal(many, draw_uniforms_bt(6, range(9), 4))
 
 
 def test_selection_follows_the_distribution() -> None:

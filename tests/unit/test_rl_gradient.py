@@ -10,9 +10,10 @@ from learning_fixtures import Lab, make_spec, spread_rewards, write_base
 
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, NotFound
-from shoal.protocol.job import CheckpointSpec, OptimizerSpec
+from shoal.protocol.job import CheckpointSpec
+from shoal.protocol.learning import OptimizerSpec
 from shoal.rl import gradient as gradient_module
-from shoal.rl.aggregation import AdapterOptimizer, scheduled_rate
+from shoal.rl.aggregation import AdapterOptimizer
 from shoal.rl.batch import GradientPayload, GradientStats, RolloutPayload, RowLimits
 from shoal.rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from shoal.rl.environments import Split
@@ -26,6 +27,7 @@ from shoal.rl.gradient import (
 )
 from shoal.rl.local import blob_of, train_locally
 from shoal.rl.rollout import encode_prompts, run_rollout
+from shoal.rl.schedule import scheduled_rate
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.protocol.job import AdvantageScale, LossSpec
+from shoal.protocol.learning import AdvantageScale, LossSpec
 from shoal.rl.advantage import group_advantages
 from shoal.rl.loss import loss_sums
 

@@ -46,7 +46,8 @@ def honest(lab: Lab, task: RolloutTask) -> RolloutPayload:
 
 @pytest.fixture(scope="module")
 def evaluate_task(lab: Lab) -> EvaluateTask:
-    return lab.plan.evaluation(lab.version(), lab.plan.held_out())
+    prompts = lab.plan.held_out()
+    return lab.plan.evaluation(lab.version(), prompts, range(len(prompts)))
 
 
 @pytest.fixture(scope="module")

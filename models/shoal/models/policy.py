@@ -20,7 +20,7 @@ from shoal.models.forward import Tokens, completion_logits_btv
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, PeerFault
 from shoal.protocol.ids import Digest
-from shoal.protocol.job import LoraSpec
+from shoal.protocol.learning import LoraSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -47,7 +47,7 @@ class Policy:
         }
 
     @classmethod
-    def load(cls, folder: Path, lora: LoraSpec, *, seed: int, device: str = "cpu") -> Policy:
+    def load(cls, folder: Path, lora: LoraSpec | None, *, seed: int, device: str = "cpu") -> Policy:
         """The base in ``folder`` with version 0 of a job's adapter, which changes nothing yet.
 
         Raises:
@@ -55,6 +55,8 @@ class Policy:
         """
         from peft import LoraConfig, get_peft_model
 
+        if lora is None:
+            raise InvalidRequest("Full fine-tuning is not available here; give the job a lora.")
         base = load_model(folder)
         config = LoraConfig(
             r=lora.r,

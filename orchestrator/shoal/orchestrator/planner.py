@@ -99,7 +99,7 @@ class Planner:
         """The evaluation of a version: one unit for each held-out prompt."""
 
         async def build(units: Sequence[int]) -> EvaluateTask:
-            return self._plan.evaluation(policy, [prompts[unit] for unit in units])
+            return self._plan.evaluation(policy, prompts, units)
 
         return self._workload(
             TaskKind.EVALUATE,

@@ -15,60 +15,15 @@ from eth_utils.crypto import keccak
 from pydantic import Field, model_validator
 
 from shoal.protocol.ids import Address, Hex32, JobId, Name
+from shoal.protocol.learning import MAX_STEPS, GradientSpec, LoraSpec, LossSpec, OptimizerSpec
 from shoal.protocol.money import MicrosField
 from shoal.protocol.record import MAX_INT, Record
 from shoal.protocol.signing import SignableRecord
 
 ExactInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 
-MAX_STEPS = 1_000_000
 MAX_TOKENS = 131_072
 MAX_PROMPTS = 65_536
-
-
-class AdvantageScale(StrEnum):
-    """How rewards become advantages inside a group."""
-
-    GROUP_STD = "group_std"
-    NONE = "none"
-
-
-class LossKind(StrEnum):
-    """The policy losses this version of the protocol knows."""
-
-    DAPO = "dapo"
-
-
-class LossSpec(Record):
-    """The exact loss; its digest travels in every gradient task.
-
-    Source: DAPO, arXiv 2503.14476, eq. 8 (token-level mean, decoupled clip ``0.2 / 0.28``).
-    """
-
-    kind: LossKind = LossKind.DAPO
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.28, gt=0, lt=10)
-    advantage_scale: AdvantageScale = AdvantageScale.GROUP_STD
-
-
-class OptimizerSpec(Record):
-    """AdamW on the adapter, with linear warm-up and linear decay."""
-
-    learning_rate: float = Field(default=1e-5, gt=0, le=1)
-    warmup_steps: int = Field(default=5, ge=0, le=MAX_STEPS)
-    final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
-
-
-class LoraSpec(Record):
-    """The adapter's shape, in PEFT's words."""
-
-    r: int = Field(default=16, ge=1, le=512)
-    alpha: int = Field(default=32, ge=1, le=4096)
-    target_modules: str = Field(default="all-linear", pattern=r"^[A-Za-z0-9_|.-]{1,200}$")
 
 
 class SamplingSpec(Record):
@@ -87,17 +42,58 @@ class EnvSpec(Record):
 
 
 class EvalSpec(Record):
-    """When held-out prompts are scored, and how many."""
+    """When held-out prompts are scored, how, and when that ends the job early.
+
+    ``temperature`` 0 takes the most likely token; above 0, ``samples_per_example`` completions
+    are drawn for each prompt.  The job stops early once ``patience`` evaluations in a row
+    brought no better avg@k, or once it reaches ``target``; absent, it never does.
+    """
 
     interval: int = Field(default=20, ge=1, le=MAX_STEPS)
     num_examples: int = Field(default=64, ge=1, le=MAX_PROMPTS)
+    samples_per_example: int = Field(default=1, ge=1, le=1024)
+    temperature: float = Field(default=0.0, ge=0, le=10)
+    patience: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    target: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_greedy_sample(self) -> EvalSpec:
+        if self.temperature == 0 and self.samples_per_example > 1:
+            raise ValueError(
+                f"samples_per_example {self.samples_per_example} would repeat the same greedy "
+                "completion; set temperature above 0"
+            )
+        return self
+
+
+class Release(StrEnum):
+    """Which policy version a job releases when it ends."""
+
+    LAST = "last"
+    BEST = "best"
 
 
 class CheckpointSpec(Record):
-    """When weights and optimiser state are kept."""
+    """When weights and optimiser state are kept, and which version is released.
+
+    The version with the best held-out avg@k is always kept beside them.
+    """
 
     interval: int = Field(default=25, ge=1, le=MAX_STEPS)
     keep_last: int = Field(default=3, ge=1, le=1000)
+    release: Release = Release.LAST
+
+
+class TaskSizes(Record):
+    """How many units make one task.
+
+    A batch is cut into tasks in one way only, whoever does them: so the same job gives the
+    same numbers however many workers share it, and whenever it is resumed.
+    """
+
+    rollout: int = Field(default=64, ge=1, le=MAX_PROMPTS)
+    gradient: int = Field(default=64, ge=1, le=MAX_PROMPTS)
+    evaluate: int = Field(default=256, ge=1, le=MAX_PROMPTS)
 
 
 class BudgetSpec(Record):
@@ -124,7 +120,10 @@ class JobSpec(Record):
     ``batch_size`` counts rollouts (completions) per policy update and is a multiple of
     ``rollouts_per_example``, the group size.  ``max_staleness`` is how many versions old a
     rollout's policy may be when its batch is applied; 0 is synchronous.  An absent
-    ``model_sha256`` accepts whatever content the name resolves to.
+    ``model_sha256`` accepts whatever content the name resolves to.  An absent ``lora`` trains
+    every weight of the base, which then travels whole.  ``dynamic_sampling_rounds`` is how
+    often prompts whose group had no spread are replaced by fresh ones (DAPO, arXiv 2503.14476
+    §3.2); 0 keeps them.
     """
 
     schema_version: int = Field(default=1, ge=1, le=1)
@@ -138,7 +137,10 @@ class JobSpec(Record):
     max_staleness: int = Field(default=1, ge=0, le=64)
     loss: LossSpec = LossSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
-    lora: LoraSpec = LoraSpec()
+    lora: LoraSpec | None = LoraSpec()
+    gradient: GradientSpec = GradientSpec()
+    tasks: TaskSizes = TaskSizes()
+    dynamic_sampling_rounds: int = Field(default=0, ge=0, le=16)
     sampling: SamplingSpec = SamplingSpec()
     environments: tuple[EnvSpec, ...] = Field(min_length=1, max_length=64)
     evaluation: EvalSpec = EvalSpec()

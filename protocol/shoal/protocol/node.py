@@ -7,6 +7,8 @@ Each libp2p protocol is one request and one reply::
     /shoal/bid/1        worker → orchestrator   Signed[Bid]      → Signed[BidReceipt]
     /shoal/lease/1      orchestrator → worker   LeaseOffer       → LeaseReply
     /shoal/result/1     worker → orchestrator   ResultMessage    → ResultReply
+    /shoal/failure/1    worker → orchestrator   LeaseFailure     → FailureReply
+    /shoal/evidence/1   orchestrator → worker   EvidenceRequest  → EvidenceReply
     /shoal/heartbeat/1  worker → orchestrator   Heartbeat        → HeartbeatReply
 """
 
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from shoal.protocol.ids import Address, Hex32, Hex64, Name, PeerIdStr, Sha256, ShortId
-from shoal.protocol.job import LoraSpec
+from shoal.protocol.learning import LoraSpec
 from shoal.protocol.market import MAX_UNITS, Lease, TaskKind
 from shoal.protocol.money import MicrosField
 from shoal.protocol.record import MAX_INT, Record
@@ -33,6 +35,8 @@ JOIN_PROTOCOL = "/shoal/join/1"
 BID_PROTOCOL = "/shoal/bid/1"
 LEASE_PROTOCOL = "/shoal/lease/1"
 RESULT_PROTOCOL = "/shoal/result/1"
+FAILURE_PROTOCOL = "/shoal/failure/1"
+EVIDENCE_PROTOCOL = "/shoal/evidence/1"
 HEARTBEAT_PROTOCOL = "/shoal/heartbeat/1"
 
 LOTS_TOPIC = "shoal/lots/1"
@@ -134,7 +138,7 @@ class OpenJob(Record):
     name: Name
     model: Name
     num_parameters: int = Field(ge=1, le=MAX_INT)
-    lora: LoraSpec
+    lora: LoraSpec | None
     reserve_micros: dict[TaskKind, MicrosField]
     epoch: int = Field(ge=0, le=MAX_UNITS)
 
@@ -178,6 +182,55 @@ class ResultReply(Record):
 
     lease_id: ShortId
     result_sha256: Sha256
+
+
+class FailureCause(StrEnum):
+    """Why a worker could not do a task it had accepted."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    NOT_FETCHED = "not_fetched"
+    WRONG_BASE = "wrong_base"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    NOT_FINITE = "not_finite"
+    ENVIRONMENT = "environment"
+    TASK = "task"
+    STOPPING = "stopping"
+
+
+class LeaseFailure(Record):
+    """A worker gives a lease back, saying why, instead of letting it run out.
+
+    Writer: worker.  Reader: orchestrator, which offers the work elsewhere at once.
+    """
+
+    lease_id: ShortId
+    lease_epoch: int = Field(ge=1, le=MAX_UNITS)
+    cause: FailureCause
+    detail: str = Field(max_length=500)
+
+
+class FailureReply(Record):
+    """Writer: orchestrator.  Says only that the lease is over."""
+
+    lease_id: ShortId
+
+
+class EvidenceRequest(Record):
+    """Asks for bytes the worker committed to in a result, for an audit drawn afterwards.
+
+    Writer: orchestrator.  Reader: worker, which uploads the blob with ``upload_token``.
+    """
+
+    lease_id: ShortId
+    blob_sha256: Sha256
+    upload_token: str = Field(pattern=r"^[0-9a-f]{32,128}$")
+
+
+class EvidenceReply(Record):
+    """Writer: worker.  ``uploaded`` is false when it does not have the bytes any more."""
+
+    lease_id: ShortId
+    uploaded: bool
 
 
 class LeaseProgress(Record):

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.ids import Hex32, Sha256, ShortId
-from shoal.protocol.job import MAX_PROMPTS, EnvSpec, LoraSpec, LossSpec, SamplingSpec
+from shoal.protocol.job import MAX_PROMPTS, EnvSpec, SamplingSpec
+from shoal.protocol.learning import GradientSpec, LoraSpec, LossSpec, OptimizerSpec
 from shoal.protocol.market import TaskKind
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
 from shoal.protocol.record import MAX_INT, Record
@@ -29,8 +30,9 @@ class RolloutTask(Record):
     """Sample ``group_size`` completions for each prompt from a policy version.
 
     Prompts are named by index, drawn from a hash of job, batch and slot, so that nobody
-    picks the easy ones.  ``seed`` fixes every random draw: completion ``g`` of prompt ``p``
-    takes row ``p · group_size + g`` of the task's uniforms.
+    picks the easy ones.  ``seed`` is the batch's and fixes every random draw: completion
+    ``g`` of the prompt in slot ``s`` takes the uniforms of row ``s · group_size + g``.  An
+    absent ``lora`` means that the policy version holds every weight.
     """
 
     kind: Literal[TaskKind.ROLLOUT] = TaskKind.ROLLOUT
@@ -39,33 +41,44 @@ class RolloutTask(Record):
     batch: int = Field(ge=0, le=MAX_INT)
     base: BaseModelRef
     policy: PolicyVersion
-    lora: LoraSpec
+    lora: LoraSpec | None
     environments: tuple[EnvSpec, ...] = Field(min_length=1, max_length=64)
     prompts: tuple[PromptRef, ...] = Field(min_length=1, max_length=MAX_PROMPTS)
+    slots: tuple[int, ...] = Field(min_length=1, max_length=MAX_PROMPTS)
     group_size: int = Field(ge=1, le=1024)
     sampling: SamplingSpec
     seed: int = Field(ge=0, le=MAX_INT)
 
 
 class EvaluateTask(Record):
-    """Complete held-out prompts greedily (the most likely token, once per prompt)."""
+    """Complete held-out prompts: greedily at temperature 0, else drawn as rollouts are.
+
+    Row ``s · samples_per_prompt + g`` of ``seed``'s uniforms draws completion ``g`` of the
+    prompt in slot ``s``.
+    """
 
     kind: Literal[TaskKind.EVALUATE] = TaskKind.EVALUATE
     task_id: ShortId
     job_id: Hex32
     base: BaseModelRef
     policy: PolicyVersion
-    lora: LoraSpec
+    lora: LoraSpec | None
     environments: tuple[EnvSpec, ...] = Field(min_length=1, max_length=64)
     prompts: tuple[PromptRef, ...] = Field(min_length=1, max_length=MAX_PROMPTS)
+    slots: tuple[int, ...] = Field(min_length=1, max_length=MAX_PROMPTS)
+    samples_per_prompt: int = Field(ge=1, le=1024)
+    temperature: float = Field(ge=0, le=10)
     max_tokens: int = Field(ge=1, le=MAX_INT)
+    seed: int = Field(ge=0, le=MAX_INT)
 
 
 class GradientTask(Record):
     """Differentiate the loss *sum* over one slice of a verified batch.
 
     ``slice`` is a safetensors blob (`shoal.rl.batch` fixes its arrays).  Sums, not means:
-    the orchestrator adds the slices of a batch and divides once by the batch's token count.
+    the orchestrator adds the slices of a batch and divides once.  ``gradient`` says how many
+    local steps are taken and how the answer is encoded; ``optimizer`` and ``learning_rate``
+    (this update's, of its schedule) are those of the local steps.
     """
 
     kind: Literal[TaskKind.GRADIENT] = TaskKind.GRADIENT
@@ -74,9 +87,12 @@ class GradientTask(Record):
     batch: int = Field(ge=0, le=MAX_INT)
     base: BaseModelRef
     policy: PolicyVersion
-    lora: LoraSpec
+    lora: LoraSpec | None
     loss: LossSpec
     loss_sha256: Sha256
+    gradient: GradientSpec
+    optimizer: OptimizerSpec
+    learning_rate: float = Field(gt=0, le=1)
     temperature: float = Field(gt=0, le=10)
     slice: BlobRef
     num_rows: int = Field(ge=1, le=MAX_INT)

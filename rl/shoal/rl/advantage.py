@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.protocol.job import AdvantageScale
+from shoal.protocol.learning import AdvantageScale
 
 STD_EPSILON = 1e-4
 

@@ -12,8 +12,9 @@ import torch
 
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest, InvariantBroken
-from shoal.protocol.job import OptimizerSpec
+from shoal.protocol.learning import OptimizerSpec
 from shoal.rl.batch import GradientPayload, GradientStats
+from shoal.rl.schedule import scheduled_rate
 
 _STEP = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -140,15 +141,6 @@ class AdapterOptimizer:
                 total += array
             mean = (total / total_tokens).astype(np.float32)
             parameter.grad = torch.from_numpy(mean).to(parameter.device)
-
-
-def scheduled_rate(spec: OptimizerSpec, step: int, max_steps: int) -> float:
-    """The learning rate of update ``step`` (from 0): warm-up, then linear to the final fraction."""
-    if step < spec.warmup_steps:
-        return spec.learning_rate * (step + 1) / spec.warmup_steps
-    remaining = max(max_steps - 1 - spec.warmup_steps, 1)
-    progress = min((step - spec.warmup_steps) / remaining, 1.0)
-    return spec.learning_rate * (1.0 - (1.0 - spec.final_lr_fraction) * progress)
 
 
 def _foreign_state() -> InvalidRequest:

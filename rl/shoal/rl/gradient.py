@@ -15,7 +15,7 @@ from shoal.models.engine import OnProgress
 from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest
-from shoal.protocol.job import LossSpec
+from shoal.protocol.learning import LossSpec
 from shoal.protocol.task import GradientTask
 from shoal.rl.advantage import group_advantages
 from shoal.rl.batch import (

@@ -148,7 +148,8 @@ class _LocalJob:
     def evaluate(self) -> float:
         """Held-out greedy reward of the newest version."""
         version = self.version(len(self.adapters) - 1)
-        task = self.plan.evaluation(version, self.plan.held_out())
+        prompts = self.plan.held_out()
+        task = self.plan.evaluation(version, prompts, range(len(prompts)))
         limits = RowLimits(
             num_prompts=len(task.prompts),
             num_rows=len(task.prompts),

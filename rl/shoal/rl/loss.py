@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.protocol.job import LossKind, LossSpec
+from shoal.protocol.learning import LossKind, LossSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ def loss_sums(
     match spec.kind:
         case LossKind.DAPO:
             return _dapo(spec, logprobs_bt, old_logprobs_bt, advantages_b, mask_bt)
+        case _:
+            raise NotImplementedError(spec.kind)
 
 
 def _dapo(

@@ -13,7 +13,8 @@ from shoal.protocol.ids import new_id
 from shoal.protocol.job import JobSpec
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
 from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
-from shoal.rl.prompts import draw_prompts, eval_prompts, task_seed
+from shoal.rl.prompts import batch_seed, draw_prompts, eval_prompts, eval_seed
+from shoal.rl.schedule import scheduled_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,10 @@ class Plan:
             lora=spec.lora,
             environments=spec.environments,
             prompts=tuple(prompts[slot] for slot in slots),
+            slots=tuple(slots),
             group_size=spec.rollouts_per_example,
             sampling=spec.sampling,
-            seed=task_seed(self.job_id, batch, slots[0]),
+            seed=batch_seed(self.job_id, batch),
         )
 
     def gradient(
@@ -78,6 +80,9 @@ class Plan:
             lora=self.spec.lora,
             loss=self.spec.loss,
             loss_sha256=self.spec.loss.digest(),
+            gradient=self.spec.gradient,
+            optimizer=self.spec.optimizer,
+            learning_rate=scheduled_rate(self.spec.optimizer, batch, self.spec.max_steps),
             temperature=self.spec.sampling.temperature,
             slice=slice_blob,
             num_rows=num_rows,
@@ -93,8 +98,10 @@ class Plan:
             self.spec.evaluation.num_examples,
         )
 
-    def evaluation(self, version: PolicyVersion, prompts: Sequence[PromptRef]) -> EvaluateTask:
-        """The task that evaluates ``version`` on these held-out prompts."""
+    def evaluation(
+        self, version: PolicyVersion, prompts: Sequence[PromptRef], slots: Sequence[int]
+    ) -> EvaluateTask:
+        """The task that evaluates ``version`` on the held-out prompts in ``slots``."""
         return EvaluateTask(
             task_id=new_id("task"),
             job_id=self.job_id,
@@ -102,8 +109,12 @@ class Plan:
             policy=version,
             lora=self.spec.lora,
             environments=self.spec.environments,
-            prompts=tuple(prompts),
+            prompts=tuple(prompts[slot] for slot in slots),
+            slots=tuple(slots),
+            samples_per_prompt=self.spec.evaluation.samples_per_example,
+            temperature=self.spec.evaluation.temperature,
             max_tokens=self.spec.sampling.max_tokens,
+            seed=eval_seed(self.job_id),
         )
 
 

@@ -72,9 +72,14 @@ def eval_prompts(
     )
 
 
-def task_seed(job_id: str, batch: int, slot: int) -> int:
-    """The seed of every random draw of the task in ``slot`` of ``batch``; below 2⁵³."""
-    return _hash("seed", job_id, batch, slot)[0] >> 11
+def batch_seed(job_id: str, batch: int) -> int:
+    """The seed of every random draw of ``batch``; below 2⁵³."""
+    return _hash("seed", job_id, batch, 0)[0] >> 11
+
+
+def eval_seed(job_id: str) -> int:
+    """The seed of every random draw of the job's evaluations; below 2⁵³."""
+    return _hash("eval seed", job_id, 0, 0)[0] >> 11
 
 
 def _draw_prompt(

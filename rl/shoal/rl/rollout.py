@@ -8,7 +8,7 @@ import numpy as np
 
 from shoal.models.engine import OnProgress
 from shoal.models.policy import Policy
-from shoal.models.sampling import draw_uniforms_bt
+from shoal.models.sampling import completion_numbers, draw_uniforms_bt
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.task import PromptRef, RolloutTask
@@ -37,7 +37,9 @@ def run_rollout(
         rows,
         max_tokens=task.sampling.max_tokens,
         temperature=task.sampling.temperature,
-        uniforms_bt=draw_uniforms_bt(task.seed, len(rows), task.sampling.max_tokens),
+        uniforms_bt=draw_uniforms_bt(
+            task.seed, completion_numbers(task.slots, task.group_size), task.sampling.max_tokens
+        ),
         on_progress=on_progress,
     )
     texts = decode_completions(policy, drawn.token_ids)

@@ -78,7 +78,7 @@ class PolicyEngine:
                 evidence=loaded,
                 code="wrong_policy",
             )
-        key = digest_of([inputs.base_sha256, task.lora.to_json()])
+        key = digest_of([inputs.base_sha256, task.lora and task.lora.to_json()])
         policy, held = self._policies.get(key) or (self._open(task, inputs), "")
         adapter_sha256 = sha256_hex(inputs.adapter)
         if held != adapter_sha256:
