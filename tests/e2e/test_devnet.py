@@ -29,11 +29,10 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
         yield running
 
 
-def test_up_is_ready_soon_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+def test_up_stays_small_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     with market(tmp_path / "net") as first:
         children = first.family()
         assert len(children) == 5  # the chain, the orchestrator, three workers
-        assert first.ready["ready_s"] < 15
         assert all(child.memory_info().rss < 700 << 20 for child in children)
     assert first.process.returncode == 0
     assert not any(child.is_running() for child in children)

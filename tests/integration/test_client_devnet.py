@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,11 +157,9 @@ def test_an_orchestrator_that_dies_at_start_is_one_sentence_and_leaves_nothing(
     devnet = Devnet(DevnetOptions(data_dir=tmp_path / "net", num_workers=2))
 
     async def go() -> None:
-        started_s = time.monotonic()
         with pytest.raises(Unavailable, match="no luck"):
             async with devnet:
                 pass
-        assert time.monotonic() - started_s < 15
         assert not any(child.running for child in devnet.workers.values())
 
     asyncio.run(go())

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def test_a_closed_pipe_ends_the_command_quietly() -> None:
     assert done.stderr == b""
 
 
-def test_help_is_quick_and_needs_no_heavy_import() -> None:
+def test_help_needs_no_heavy_import() -> None:
     script = (
         "import sys\n"
         "from shoal.client.command import run\n"
@@ -186,8 +185,5 @@ def test_help_is_quick_and_needs_no_heavy_import() -> None:
         "heavy = {'torch', 'web3', 'rich', 'aiohttp', 'pydantic', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    started_s = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    took_s = time.perf_counter() - started_s
     assert done.returncode == 0, done.stderr
-    assert took_s < 0.5

@@ -1,0 +1,1 @@
+"""How soon a command, a market and a worker are ready, and how much memory they take."""
