@@ -28,6 +28,16 @@ INFO: dict[str, Any] = {
 }
 
 
+def evaluation(policy_version: int, accuracy: float) -> dict[str, Any]:
+    return {
+        "policy_version": policy_version,
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - 0.04,
+        "accuracy_high": accuracy + 0.04,
+        "num_examples": 512,
+    }
+
+
 def job(**changes: object) -> dict[str, Any]:
     return {
         "job_id": "0x" + "12" * 32,
@@ -42,8 +52,8 @@ def job(**changes: object) -> dict[str, Any]:
         "reward_recent": 0.5,
         "eta_s": 67.0,
         "evaluations": [
-            {"policy_version": 0, "accuracy": 0.1, "num_examples": 512},
-            {"policy_version": 50, "accuracy": 0.45, "num_examples": 512},
+            evaluation(0, 0.1),
+            evaluation(50, 0.45),
         ],
         "workers": [
             {

@@ -29,21 +29,23 @@ from shoal.market.lease import LeaseState
 from shoal.network.blob_store import BlobStore
 from shoal.network.identity import NodeIdentity
 from shoal.network.memory import MemoryHub, MemoryNetwork
+from shoal.network.port import Limits
 from shoal.orchestrator.config import OrchestratorConfig
 from shoal.orchestrator.context import Context
-from shoal.orchestrator.dispatcher import LiveLease
+from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.main import Orchestrator
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.store.tables import Base, JobRow, LeaseRow, StatementRow
-from shoal.orchestrator.workload import Delivery, Workload
+from shoal.orchestrator.workload import Delivery, Workload, parcels_of
 from shoal.protocol.canonical import sha256_hex
-from shoal.protocol.clock import ManualTime
+from shoal.protocol.clock import ManualTime, TimeSource
 from shoal.protocol.errors import ChainRejected, NotFound, ShoalError, Unavailable
 from shoal.protocol.ids import PeerId, new_id
 from shoal.protocol.job import BudgetSpec, Job, JobState, VerifySpec
 from shoal.protocol.market import Award, Bid, BidReceipt, Lot, LotClass, TaskKind
 from shoal.protocol.node import (
     BID_PROTOCOL,
+    FAILURE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     HELLO_PROTOCOL,
     JOIN_PROTOCOL,
@@ -51,12 +53,15 @@ from shoal.protocol.node import (
     PROTOCOL_VERSION,
     RESULT_PROTOCOL,
     BoundNode,
+    FailureCause,
+    FailureReply,
     Heartbeat,
     HeartbeatReply,
     HelloReply,
     HelloRequest,
     JoinReply,
     JoinRequest,
+    LeaseFailure,
     LeaseOffer,
     LeaseProgress,
     LeaseReply,
@@ -70,7 +75,7 @@ from shoal.protocol.task import Task
 from shoal.worker.statement import sign_statement
 
 _T = TypeVar("_T")
-TIMEOUT_S = 5.0
+TIMEOUT_S = 20.0
 NODE_KEY_BYTES = 32
 ADDRESSES = {name: "0x" + digit * 40 for name, digit in zip("abcd", "1234", strict=True)}
 DEPLOYMENT = Deployment(
@@ -305,6 +310,22 @@ class Peer:
         }
         return Receipt(**{**fields, **changes})
 
+    async def fail(
+        self, offer: LeaseOffer, cause: FailureCause, detail: str = "no", **changes: Any
+    ) -> FailureReply:
+        """Gives the lease back; ``changes`` falsify fields of the message."""
+        lease = offer.lease.record
+        failure = LeaseFailure(
+            **{
+                "lease_id": lease.lease_id,
+                "lease_epoch": lease.lease_epoch,
+                "cause": cause,
+                "detail": detail,
+                **changes,
+            }
+        )
+        return FailureReply.decode(await self.ask(FAILURE_PROTOCOL, failure.encode()))
+
     async def submit(self, message: ResultMessage) -> ResultReply:
         return ResultReply.decode(await self.ask(RESULT_PROTOCOL, message.encode()))
 
@@ -312,7 +333,7 @@ class Peer:
 class Sale:
     """A workload over made-up rollout tasks, and what came of it."""
 
-    def __init__(self, job_id: str, num_units: int, reserve_micros: int) -> None:
+    def __init__(self, job_id: str, num_units: int, reserve_micros: int, parcel_units: int) -> None:
         self.delivered: list[Delivery] = []
         self.abandoned: list[ShoalError] = []
         self.before_build: Callable[[], Awaitable[None]] | None = None
@@ -337,7 +358,7 @@ class Sale:
             abandon=self.abandoned.append,
             max_result_bytes=lambda units: 1 << 20,
             verify=VerifySpec(),
-            waiting=list(range(num_units)),
+            waiting=parcels_of(range(num_units), parcel_units),
         )
 
     def _made_up(self, units: Sequence[int]) -> Task:
@@ -424,10 +445,15 @@ class Lab:
         return peer
 
     async def open_sale(
-        self, job_id: str, num_units: int = 2, *, reserve_micros: int = 1_000
+        self,
+        job_id: str,
+        num_units: int = 2,
+        *,
+        reserve_micros: int = 1_000,
+        parcel_units: int = 2,
     ) -> Sale:
-        """Units that are on record but not yet with the auctioneer."""
-        sale = Sale(job_id, num_units, reserve_micros)
+        """Units on the market, ``parcel_units`` to a task."""
+        sale = Sale(job_id, num_units, reserve_micros, parcel_units)
         await self.orchestrator.auctioneer.open(sale.workload)
         return sale
 
@@ -483,7 +509,13 @@ class Lab:
 
 @asynccontextmanager
 async def open_lab(
-    folder: Path, *, identity: NodeIdentity | None = None, **settings: Any
+    folder: Path,
+    *,
+    identity: NodeIdentity | None = None,
+    account: LocalAccount | None = None,
+    clock: TimeSource | None = None,
+    limits: Limits | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Lab]:
     """A lab over ``folder``; a second one over the same folder is the same after a restart."""
     data_dir = folder / "orchestrator"
@@ -500,7 +532,7 @@ async def open_lab(
     )
     hub, now, chain = MemoryHub(), ManualTime(), MemoryChain()
     identity = identity or NodeIdentity.generate()
-    network = MemoryNetwork(hub, identity)
+    network = MemoryNetwork(hub, identity, limits=limits)
     await network.start()
     database = Database(config.resolved_database_url())
     compute = ThreadPoolExecutor(max_workers=1)
@@ -511,10 +543,10 @@ async def open_lab(
         blobs=BlobStore(data_dir / "blobs", config.blob_cache_bytes),
         chain=cast(ChainGateway, chain),
         deployment=DEPLOYMENT,
-        account=EthAccount.create(),
+        account=account or EthAccount.create(),
         identity=identity,
         domain=DOMAIN,
-        time=now,
+        time=clock or now,
         compute=compute,
     )
     lab = Lab(context, hub, chain, now)

@@ -246,6 +246,7 @@ class Story:
             optimizer=OptimizerSpec(),
             learning_rate=1e-3,
             temperature=1.0,
+            max_tokens=4,
             slice=BlobRef(sha256="8" * 64, size_bytes=4),
             num_rows=8,
             num_groups=2,

@@ -23,6 +23,7 @@ from shoal.protocol.learning import GradientSpec, LoraSpec, LossSpec, OptimizerS
 from shoal.protocol.market import Bid, BidReceipt, Lease, TaskKind
 from shoal.protocol.node import (
     BID_PROTOCOL,
+    FAILURE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     HELLO_PROTOCOL,
     JOIN_PROTOCOL,
@@ -30,6 +31,7 @@ from shoal.protocol.node import (
     PROTOCOL_VERSION,
     RESULT_PROTOCOL,
     ContractAddresses,
+    FailureReply,
     Heartbeat,
     HeartbeatReply,
     HelloReply,
@@ -37,6 +39,7 @@ from shoal.protocol.node import (
     IdleReason,
     JoinReply,
     JoinRequest,
+    LeaseFailure,
     LeaseOffer,
     LeaseReply,
     OpenJob,
@@ -76,7 +79,7 @@ SLICE = b"a slice of a batch"
 POLICY = PolicyVersion(
     job_id=JOB_ID, version=0, base_sha256=BASE.content_digest(), adapter=blob(ADAPTER)
 )
-BLOBS = [*BASE_FILES.values(), ADAPTER, SLICE]
+BLOBS = [*BASE_FILES.values(), BASE.encode(), ADAPTER, SLICE]
 
 
 def make_task(kind: TaskKind, number: int = 0) -> AnyTask:
@@ -122,6 +125,7 @@ def make_task(kind: TaskKind, number: int = 0) -> AnyTask:
                 optimizer=OptimizerSpec(),
                 learning_rate=1e-3,
                 temperature=1.0,
+                max_tokens=4,
                 slice=blob(SLICE),
                 num_rows=8,
                 num_groups=2,
@@ -139,7 +143,14 @@ class MemoryBlobs:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def fetch(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> Path:
+    async def fetch(
+        self,
+        ref: BlobRef,
+        sources: Sequence[str],
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    ) -> Path:
         await self.gate.wait()
         self.fetched.append(ref.sha256)
         if ref.sha256 not in self.held:
@@ -147,6 +158,7 @@ class MemoryBlobs:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / ref.sha256
         path.write_bytes(self.held[ref.sha256])
+        on_bytes(ref.size_bytes)
         return path
 
     async def put(self, url: str, data: bytes, token: str, *, timeout_s: float) -> BlobRef:
@@ -264,6 +276,7 @@ class Inbox:
         self.joins: asyncio.Queue[JoinRequest] = asyncio.Queue()
         self.bids: asyncio.Queue[Signed[Bid]] = asyncio.Queue()
         self.results: asyncio.Queue[ResultMessage] = asyncio.Queue()
+        self.failures: asyncio.Queue[LeaseFailure] = asyncio.Queue()
         self.beats: asyncio.Queue[Heartbeat] = asyncio.Queue()
 
 
@@ -301,6 +314,7 @@ class OrchestratorDouble:
             JOIN_PROTOCOL: self._on_join,
             BID_PROTOCOL: self._on_bid,
             RESULT_PROTOCOL: self._on_result,
+            FAILURE_PROTOCOL: self._on_failure,
             HEARTBEAT_PROTOCOL: self._on_beat,
         }.items():
             network.serve(protocol, handler)
@@ -311,6 +325,7 @@ class OrchestratorDouble:
             job_id=job_id,
             name="double",
             model="builtin:double",
+            base=blob(BASE.encode()),
             num_parameters=7,
             lora=LoraSpec(),
             reserve_micros=dict.fromkeys(TaskKind, reserve_micros),
@@ -405,6 +420,11 @@ class OrchestratorDouble:
         self.inbox.results.put_nowait(message)
         result = message.result
         return ResultReply(lease_id=result.lease_id, result_sha256=result.digest()).encode()
+
+    async def _on_failure(self, peer: PeerId, payload: bytes) -> bytes:
+        failure = LeaseFailure.decode(payload)
+        self.inbox.failures.put_nowait(failure)
+        return FailureReply(lease_id=failure.lease_id).encode()
 
     async def _on_beat(self, peer: PeerId, payload: bytes) -> bytes:
         beat = Heartbeat.decode(payload)

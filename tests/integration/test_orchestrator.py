@@ -32,7 +32,7 @@ from shoal.orchestrator.config import OrchestratorConfig
 from shoal.orchestrator.main import serve
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.store.tables import JobRow, LeaseRow, StatementRow
-from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, JobSpec, SamplingSpec
+from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, JobSpec, SamplingSpec, TaskSizes
 from shoal.protocol.keystore import store_account
 from shoal.protocol.learning import LoraSpec, OptimizerSpec
 from shoal.protocol.market import TaskKind
@@ -154,6 +154,7 @@ class World:
             "sampling": SamplingSpec(max_tokens=4),
             "environments": (ENVIRONMENT,),
             "evaluation": EvalSpec(interval=STEPS, num_examples=EVALUATED),
+            "tasks": TaskSizes(rollout=2, gradient=2, evaluate=2),
             "budget": BudgetSpec(
                 max_total_micros=BUDGET_MICROS,
                 max_rollout_micros=1_000,
@@ -210,7 +211,6 @@ async def market(folder: Path, model: Path, database_url: str = "") -> AsyncIter
                 allow_local_models=True,
                 heartbeat_ms=100,
                 epoch_ms=300,
-                max_units_per_lease=2,
             ),
         )
 

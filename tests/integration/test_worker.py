@@ -171,7 +171,8 @@ async def market(directory: Path) -> AsyncIterator[Market]:
                 "heartbeat_ms": 100,
             }
         )
-        double.jobs = (double.open_job(job_id=job_id),)
+        job = double.open_job(job_id=job_id)
+        double.jobs = (job.model_copy(update={"base": store.put_bytes(base.encode())}),)
         double.beat = double.beat.model_copy(update={"open_jobs": double.jobs})
         await network.start()
         stack.push_async_callback(network.stop)
@@ -312,13 +313,13 @@ async def _work(world: Market, node: PeerId, account: str) -> None:
         optimizer=OptimizerSpec(),
         learning_rate=1e-3,
         temperature=1.0,
+        max_tokens=4,
         slice=world.store.put_bytes(slice_bytes),
         num_rows=128,
         num_groups=2,
     )
-    assert await computed(world, gradient, node, account) == run_gradient(
-        world.policy, gradient, slice_bytes
-    )
+    expected = run_gradient(world.policy, gradient, slice_bytes).payload
+    assert await computed(world, gradient, node, account) == expected
 
 
 def test_a_worker_stakes_works_is_paid_and_leaves(tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def test_a_worker_stakes_works_is_paid_and_leaves(tmp_path: Path) -> None:
             account: LocalAccount = load_or_create_account(directory / "account.json")
             await world.chain.fund(account.address, 10**18, STAKE_MICROS)
             async with worker_process(world.options(directory)) as process:
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(100):
                     joined = await world.double.inbox.joins.get()
                     node = PeerId(joined.bound_node.binding.record.node)
                     bid = (await world.double.inbox.bids.get()).record

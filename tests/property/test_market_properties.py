@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from market_records import DOMAIN, JOB_ID, NOW_MS, SEED, account, lease, lot, peer, standing
 
-from shoal.market.auction import clear, split_award
+from shoal.market.auction import clear
 from shoal.market.book import StandingBid
 from shoal.market.lease import (
     LeaseRecord,
@@ -69,7 +69,7 @@ def test_a_clearing_is_fair_whole_and_independent_of_order(
             in_flight=in_flight,
             seed=SEED,
             now_ms=NOW_MS,
-            units_per_task=per_task,
+            task_sizes=[per_task] * tasks,
         )
 
     clearing = clear(
@@ -78,7 +78,7 @@ def test_a_clearing_is_fair_whole_and_independent_of_order(
         in_flight=in_flight,
         seed=SEED,
         now_ms=NOW_MS,
-        units_per_task=per_task,
+        task_sizes=[per_task] * tasks,
     )
     shuffled = book * 2
     shuffle.shuffle(shuffled)
@@ -103,20 +103,6 @@ def test_a_clearing_is_fair_whole_and_independent_of_order(
         if reason == "outbid":
             assert by_digest[digest].price_micros >= dearest
             assert clearing.unfilled_units == 0
-
-
-@given(units=st.integers(1, 500), most=st.integers(1, 40))
-def test_a_split_award_loses_nothing(units: int, most: int) -> None:
-    clearing = clear(
-        lot(units),
-        [standing(capacity=1_000)],
-        in_flight={},
-        seed=SEED,
-        now_ms=NOW_MS,
-    )
-    parts = split_award(clearing.awards[0], most)
-    assert sum(part.num_units for part in parts) == units
-    assert max(part.num_units for part in parts) <= most
 
 
 class LeaseLife(RuleBasedStateMachine):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import PeerFault
+from shoal.protocol.learning import CodecKind, CodecSpec
 from shoal.rl.batch import (
     HEADER_ALLOWANCE_BYTES,
     EvaluatePayload,
@@ -47,6 +48,7 @@ def slice_of(tokens: list[list[int]]) -> GradientSlice:
         token_ids=rollout.token_ids,
         logprobs=rollout.logprobs,
         advantages=np.array([1, -1, 0.5, -0.5], dtype=np.float32),
+        truncated=~rollout.finished,
     )
 
 
@@ -54,10 +56,23 @@ def decode_slice(data: bytes) -> GradientSlice:
     return GradientSlice.decode(data, num_rows=4, num_prompts=2, vocab_size=50)
 
 
-GRADIENT = GradientPayload(
-    gradients={name: np.ones(shape, dtype=np.float32) for name, shape in SHAPES.items()},
-    stats=GradientStats(loss_sum=1.5, num_tokens=3),
-)
+CODECS = {
+    "gradient": CodecSpec(),
+    "gradient-fp16": CodecSpec(kind=CodecKind.FP16, chunk=16),
+    "gradient-int8": CodecSpec(kind=CodecKind.INT8, chunk=16, error_feedback=0.5),
+    "gradient-topk": CodecSpec(kind=CodecKind.TOPK, chunk=16, keep=2, error_feedback=0.5),
+    "gradient-bitmap": CodecSpec(kind=CodecKind.TOPK, chunk=16, keep=8, bits=3),
+}
+
+
+def gradient_of(spec: CodecSpec) -> GradientPayload:
+    arrays = {
+        name: np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        for name, shape in SHAPES.items()
+    }
+    return GradientPayload.pack(arrays, GradientStats(loss_sum=1.5, num_tokens=3), spec)[0]
+
+
 FIXED = [[1, 2, 3], [4], [5, 6], [7]]
 DECODERS: dict[str, tuple[bytes, Any]] = {
     "rollout": (rollout_of(FIXED).encode(), lambda d: RolloutPayload.decode(d, LIMITS)),
@@ -73,7 +88,12 @@ DECODERS: dict[str, tuple[bytes, Any]] = {
         ),
     ),
     "slice": (slice_of(FIXED).encode(), decode_slice),
-    "gradient": (GRADIENT.encode(), lambda d: GradientPayload.decode(d, SHAPES)),
+} | {
+    kind: (
+        gradient_of(spec).encode(),
+        lambda d, spec=spec: GradientPayload.decode(d, SHAPES, spec),
+    )
+    for kind, spec in CODECS.items()
 }
 
 
@@ -134,8 +154,18 @@ BAD_ARRAYS: list[tuple[str, str, Any]] = [
     ("rollout", "prompts_sha256", lambda a: a[:1].copy()),
     ("slice", "prompt_of_row", lambda a: a + 2),
     ("slice", "prompt_lengths", lambda a: a * 2),
-    ("gradient", "grad.a", lambda a: a.T.copy()),
-    ("gradient", "grad.a", lambda a: a * np.float32("nan")),
+    ("slice", "truncated", lambda a: a + 2),
+    ("gradient", "gradient.values", lambda a: a[:-1].copy()),
+    ("gradient", "gradient.values", lambda a: a * np.float32("nan")),
+    ("gradient-fp16", "gradient.values", lambda a: a * 2),
+    ("gradient-fp16", "gradient.scales", lambda a: -a),
+    ("gradient-int8", "gradient.values", lambda a: np.full_like(a, -128)),
+    ("gradient-int8", "gradient.scales", lambda a: a * np.float32("inf")),
+    ("gradient-int8", "residual", lambda a: None),
+    ("gradient-topk", "gradient.places", lambda a: np.full_like(a, 0xFF)),
+    ("gradient-topk", "gradient.levels", lambda a: a * np.array([2, 1], dtype=np.float32)),
+    ("gradient-topk", "gradient.codes", lambda a: np.full_like(a, 0xFF)),
+    ("gradient-bitmap", "gradient.places", lambda a: np.full_like(a, 0xFF)),
     ("gradient", "stats", lambda a: a[:2].copy()),
 ]
 

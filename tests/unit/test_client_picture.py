@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from client_records import drawn, job
+from client_records import drawn, evaluation, job
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.follow import PriceMemory, plain_line
+from shoal.client.commands.logs import health_words
+from shoal.client.follow import JobWatch, PriceMemory, plain_line
 from shoal.client.output import Output
 from shoal.client.picture import dollars, duration, picture_of, sparkline
 from shoal.client.views import JobView, parse_view
@@ -18,7 +19,7 @@ from shoal.protocol.errors import InvalidRequest, PeerFault
 
 def test_the_picture_holds_the_figures_in_80_columns() -> None:
     text = drawn(picture_of(parse_view(JobView, job()), [0.1, 0.3, 0.5]))
-    for figure in ("75/150", "1:07 left", "10.0% → 45.0%", "+35.0 points", "$5.25 of $25.00"):
+    for figure in ("75/150", "1:07 left", "10.0% → 45.0%", "±4.0  +35.0 points", "$5.25 of $25.00"):
         assert figure in text
     assert "worker-1  gone" in text
     assert "0.000800" in text
@@ -27,9 +28,44 @@ def test_the_picture_holds_the_figures_in_80_columns() -> None:
 
 
 def test_the_first_and_the_last_accuracies_are_shown() -> None:
-    evaluations = [{"policy_version": n, "accuracy": n / 10, "num_examples": 512} for n in range(6)]
+    evaluations = [evaluation(n, n / 10) for n in reversed(range(6))]
     text = drawn(picture_of(parse_view(JobView, job(evaluations=evaluations)), []))
     assert "0.0% … 30.0% → 40.0% → 50.0%" in text
+
+
+NO_SPREAD = {
+    "code": "no_spread",
+    "finding": "78% of groups have zero reward spread",
+    "remedy": "make tasks [easier]",
+}
+
+
+def test_what_is_wrong_is_drawn_with_its_remedy() -> None:
+    text = drawn(picture_of(parse_view(JobView, job(health=[NO_SPREAD])), []))
+    assert "! 78% of groups have zero reward spread: make tasks [easier]" in text
+    assert "!" not in drawn(picture_of(parse_view(JobView, job()), []))
+
+
+def test_a_watched_job_says_once_what_begins_and_ends_to_be_wrong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watch = JobWatch(Output(json_mode=False, picture_width=120), emit_json=False)
+    for version, health in enumerate(([], [NO_SPREAD], [NO_SPREAD], [], [])):
+        watch.see(parse_view(JobView, job(policy_version=20 * version, health=health)))
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.strip() for line in lines if line.startswith("health:")]
+    assert said == [
+        "health: 78% of groups have zero reward spread: make tasks [easier]",
+        "health: no_spread is over",
+    ]
+    assert len(lines) == 5 + len(said)
+
+
+def test_a_health_event_reads_as_a_sentence() -> None:
+    assert health_words(NO_SPREAD | {"active": True}) == (
+        "78% of groups have zero reward spread: make tasks [easier]"
+    )
+    assert health_words(NO_SPREAD | {"active": False}) == "no_spread is over"
 
 
 def test_prices_are_remembered_when_the_market_has_forgotten_them() -> None:
@@ -77,7 +113,7 @@ def test_markup_in_a_stranger_s_name_is_not_obeyed() -> None:
 
 def test_the_plain_line() -> None:
     assert plain_line(parse_view(JobView, job())) == (
-        "running   version 75/150  reward 0.500  held-out 45.0%  spent $5.25 of $25.00  "
+        "running   version 75/150  reward 0.500  held-out 45.0% ±4.0  spent $5.25 of $25.00  "
         "0 workers  1:07 left"
     )
 

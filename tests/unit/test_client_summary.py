@@ -35,7 +35,9 @@ def summary(*, verified: bool) -> DemoSummary:
     return DemoSummary(
         job_id="0x" + "12" * 32,
         reward_before=0.1,
+        reward_before_interval=(0.08, 0.12),
         reward_after=0.62,
+        reward_after_interval=(0.58, 0.66),
         steps=150,
         wall_s=200.5,
         tasks=dict.fromkeys(TaskKind, 4),
@@ -67,7 +69,8 @@ def test_pay_is_summed_over_the_chain_s_payments() -> None:
 
 def test_the_table_says_what_happened() -> None:
     text = drawn(*summary_picture(summary(verified=True)), width=80)
-    for figure in ("10.0% → 62.0%", "+52.0 points", "150 updates", "PASS", "1,234,567 gas"):
+    assert "10.0% ±2.0 → 62.0% ±4.0" in text
+    for figure in ("+52.0 points", "150 updates", "PASS", "1,234,567 gas"):
         assert figure in text
     assert "✗ worker-1" in text
     assert "FAIL" in drawn(*summary_picture(summary(verified=False)), width=80)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from market_records import NOW_MS, SEED, lot, peer, standing
 
-from shoal.market.auction import Clearing, RejectReason, clear, split_award, tie_break
+from shoal.market.auction import Clearing, RejectReason, clear, tie_break
 from shoal.market.book import StandingBid
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.market import TaskKind
@@ -69,21 +69,30 @@ def test_two_bids_of_one_node_share_its_capacity() -> None:
 
 
 def test_tasks_are_not_torn_apart() -> None:
-    clearing = run([standing(capacity=7), standing(2, price_micros=101)], units_per_task=4)
+    clearing = run([standing(capacity=7), standing(2, price_micros=101)], task_sizes=[4] * 4)
     assert [a.num_units for a in clearing.awards] == [4, 8]
     assert clearing.unfilled_units == 4
     with pytest.raises(InvalidRequest):
-        run([standing()], num_units=6, units_per_task=4)
+        run([standing()], num_units=6, task_sizes=[4])
+
+
+def test_a_bid_takes_each_task_that_fits_and_leaves_the_others_to_the_next() -> None:
+    book = [standing(capacity=7), standing(2, price_micros=101, capacity=6)]
+    clearing = run(book, num_units=13, task_sizes=[4, 6, 2, 1])
+    assert [a.num_units for a in clearing.awards] == [7, 6]
+    assert clearing.unfilled_units == 0
+
+
+def test_a_bidder_too_small_for_any_task_is_told_so_and_not_that_it_is_busy() -> None:
+    book = [standing(capacity=3), standing(2, capacity=8, price_micros=120)]
+    clearing = run(book, num_units=8, task_sizes=[4, 4], in_flight={(peer(2), TaskKind.ROLLOUT): 5})
+    assert clearing.awards == ()
+    assert {r.node: r.reason for r in clearing.rejected} == {
+        peer(1): RejectReason.TASK_TOO_LARGE,
+        peer(2): RejectReason.NO_CAPACITY,
+    }
 
 
 def test_a_seed_is_32_bytes() -> None:
     with pytest.raises(InvalidRequest):
         run([standing()], seed=b"short")
-
-
-def test_an_award_splits_into_leases() -> None:
-    (award,) = run([standing()]).awards
-    assert [part.num_units for part in split_award(award, 3)] == [3, 3, 2]
-    assert split_award(award, 8) == (award,)
-    with pytest.raises(InvalidRequest):
-        split_award(award, 0)

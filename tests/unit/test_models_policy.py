@@ -164,7 +164,7 @@ def test_saved_folder_opens_with_stock_peft(lab: Lab, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    lab.policy.save_peft_folder(tmp_path, "builtin:tiny", "0" * 64, "# A card\n")
+    lab.policy.save_folder(tmp_path, "builtin:tiny", "0" * 64, "# A card\n")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "builtin:tiny"
     assert config["revision"] == "0" * 64

@@ -10,6 +10,7 @@ import pytest
 from eth_account import Account as EthAccount
 from orchestrator_lab import DOMAIN, Lab, Peer, arrival, open_lab, run, until
 
+from shoal.market.lease import LeaseState
 from shoal.orchestrator.store.tables import BidRow
 from shoal.protocol.errors import (
     InvalidRequest,
@@ -122,7 +123,7 @@ def test_the_cheapest_are_served_first_within_their_capacity(tmp_path: Path) -> 
             await cheap.bid(price_micros=10, capacity=3)
             await dear.bid(price_micros=20, capacity=3)
             await dearest.bid(price_micros=30, capacity=3)
-            await lab.open_sale(job, num_units=5)
+            await lab.open_sale(job, num_units=5, parcel_units=3)
             sell(lab)
             assert await units(cheap) == 3
             assert await units(dear) == 2
@@ -151,9 +152,9 @@ def test_a_bid_above_the_reserve_wins_nothing_and_is_told_why(tmp_path: Path) ->
     run(scenario)
 
 
-def test_large_awards_are_leased_in_parts(tmp_path: Path) -> None:
+def test_an_award_of_several_parcels_is_one_lease_for_each(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with open_lab(tmp_path, max_units_per_lease=2) as lab:
+        async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
             peer = await lab.peer()
             await peer.bid(capacity=5)
@@ -164,13 +165,31 @@ def test_large_awards_are_leased_in_parts(tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_a_bidder_too_small_for_the_smallest_parcel_is_told_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            small, large = await lab.peer(), await lab.peer()
+            await small.bid(price_micros=10, capacity=3)
+            await large.bid(price_micros=20, capacity=4)
+            await lab.open_sale(job, num_units=8, parcel_units=4)
+            sell(lab)
+            # The cheaper bid could only tear a task apart.
+            assert await units(large) == 4
+            reason = lab.orchestrator.auctioneer.idle_reason(small.node, True)
+            assert reason is IdleReason.TASK_TOO_LARGE
+            assert small.offers.empty()
+
+    run(scenario)
+
+
 def test_money_that_is_held_is_waited_for_and_none_at_all_halts(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with open_lab(tmp_path, max_units_per_lease=1) as lab:
+        async with open_lab(tmp_path) as lab:
             job = await lab.add_job(funded_micros=250)
             peer = await lab.peer()
             await peer.bid(price_micros=100)
-            sale = await lab.open_sale(job, num_units=3)
+            sale = await lab.open_sale(job, num_units=3, parcel_units=1)
             sell(lab)
             first = await arrival(peer.offers)
             await arrival(peer.offers)
@@ -178,7 +197,7 @@ def test_money_that_is_held_is_waited_for_and_none_at_all_halts(tmp_path: Path) 
             for _ in range(3):
                 auctioneer.poke()
                 await asyncio.sleep(0)
-            assert sale.workload.waiting == [2]
+            assert sale.workload.waiting == [(2,)]
             assert not sale.abandoned
             # Both leases are paid for; 50 micros remain, nobody holds any, and a unit costs 100.
             for live in list(lab.orchestrator.dispatcher.live_leases(job)):
@@ -223,7 +242,7 @@ def test_a_suspended_node_waits_and_then_works_again(tmp_path: Path) -> None:
             sale = await lab.open_sale(job, num_units=1)
             sell(lab)
             await until(lambda: not auctioneer._changed.is_set())
-            assert sale.workload.waiting == [0]
+            assert sale.workload.waiting == [(0,)]
             lab.time.advance(10_001)
             auctioneer.poke()
             assert await units(peer) == 1
@@ -250,7 +269,7 @@ def test_a_lot_that_cannot_be_built_costs_its_own_job_only(
             sell(lab)
             assert (await arrival(peer.offers)).lease.record.job_id == job
             assert isinstance(broken.abandoned[0], InvariantBroken)
-            assert broken.workload.waiting == [0, 1]
+            assert broken.workload.waiting == [(0, 1)]
             assert lab.orchestrator.settler.ledger(broken_job).held_micros == 0
 
     run(scenario)
@@ -304,14 +323,14 @@ def test_a_job_withdrawn_while_its_task_is_built_gets_no_lease(tmp_path: Path) -
             await until(lambda: ledger.held_micros == 0)
             await lab.orchestrator.dispatcher.drained(job)
             assert peer.offers.empty()
-            assert sale.workload.waiting == [0, 1]
+            assert sale.workload.waiting == [(0, 1)]
             assert sale.workload.attempts.total() == 0
 
     run(scenario)
 
 
 async def arrival_of(event: asyncio.Event) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await event.wait()
 
 
@@ -356,5 +375,104 @@ def test_receipts_are_for_the_bid_that_was_sent(tmp_path: Path) -> None:
             raw = await peer.ask(BID_PROTOCOL, sign(bid, DOMAIN, peer.account).encode())
             receipt = Signed[BidReceipt].decode(raw).record
             assert receipt.received_at_ms == lab.time.now_ms()
+
+    run(scenario)
+
+
+async def serve(peer: Peer, lab: Lab, expected: int) -> list[str]:
+    """The jobs whose leases the worker was given, each accepted before the next is taken."""
+    jobs = []
+    for _ in range(expected):
+        offer = await arrival(peer.offers)
+        live = lab.live(offer)
+        await until(lambda live=live: live.record.state is LeaseState.RUNNING)  # type: ignore[misc]
+        jobs.append(live.lease.job_id)
+        lab.orchestrator.dispatcher.conclude(
+            live,
+            live.record.model_copy(update={"state": LeaseState.ACCEPTED}),
+            unit_ms=1_000,
+        )
+        live.workload.undelivered.discard(live.units)
+        lab.orchestrator.settler.ledger(live.lease.job_id).release(live.lease.lease_id)
+        lab.orchestrator.auctioneer.room_at(peer.node)
+    return jobs
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_jobs_share_a_worker_by_the_operators_weights(tmp_path: Path, weight: float) -> None:
+    heavy, light = "0x" + "7" * 40, "0x" + "8" * 40
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path, job_weights={heavy.upper().replace("X", "x"): weight}) as lab:
+            jobs = [await lab.add_job(), await lab.add_job()]
+            for job, requester in zip(jobs, (heavy, light), strict=True):
+                sale = await lab.open_sale(job, num_units=64)
+                sale.workload.requester = requester
+            peer = await lab.peer()
+            await peer.bid(capacity=64)
+            sell(lab)
+            served = await serve(peer, lab, 24)
+            shares = [served.count(job) for job in jobs]
+            # Within one lease for each job of the ratio of the weights.
+            assert abs(shares[0] / weight - shares[1]) <= 1 / weight + 1
+            assert min(shares) >= 24 / (1 + weight) - 2
+
+    run(scenario)
+
+
+def test_two_jobs_of_one_requester_share_its_weight(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            jobs = [await lab.add_job() for _ in range(3)]
+            for job, requester in zip(jobs, ("0x1", "0x1", "0x2"), strict=True):
+                sale = await lab.open_sale(job, num_units=64)
+                sale.workload.requester = requester
+            peer = await lab.peer()
+            await peer.bid(capacity=64)
+            sell(lab)
+            served = await serve(peer, lab, 24)
+            assert abs(served.count(jobs[2]) - 12) <= 2
+            assert abs(served.count(jobs[0]) - served.count(jobs[1])) <= 2
+
+    run(scenario)
+
+
+def test_alone_a_job_fills_a_worker_and_with_another_takes_two_leases(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peer = await lab.peer()
+            await peer.bid(capacity=8)
+            await lab.open_sale(job, num_units=16)
+            sell(lab)
+            for _ in range(4):
+                await arrival(peer.offers)
+            second = await lab.peer()
+            await lab.open_sale(await lab.add_job(), num_units=16)
+            await second.bid(capacity=8, price_micros=1)
+            for _ in range(2):
+                await arrival(second.offers)
+            await until(lambda: not lab.orchestrator.auctioneer._changed.is_set())
+            assert lab.orchestrator.dispatcher.num_open(second.node) == 2
+
+    run(scenario)
+
+
+def test_a_bidder_is_told_why_it_is_idle(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            small, other, silent = [await lab.peer() for _ in range(3)]
+            await small.bid(capacity=1)
+            await other.bid(kind=TaskKind.EVALUATE)
+            await lab.open_sale(job, num_units=2)
+            sell(lab)
+            await until(lambda: not lab.orchestrator.auctioneer._changed.is_set())
+            idle = lab.orchestrator.auctioneer.idle_reason
+            assert idle(small.node, True) is IdleReason.TASK_TOO_LARGE
+            assert idle(other.node, True) is IdleReason.NO_WORK
+            assert idle(silent.node, True) is IdleReason.STARTING
+            lab.orchestrator.auctioneer.suspend(small.node)
+            assert idle(small.node, True) is IdleReason.PAUSED
 
     run(scenario)

@@ -10,7 +10,7 @@ import pytest
 from orchestrator_lab import DOMAIN, FUNDED_MICROS, Lab, Peer, Sale, arrival, open_lab, run, until
 
 from shoal.market.lease import LeaseState
-from shoal.orchestrator.dispatcher import LiveLease
+from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.protocol.errors import (
@@ -23,6 +23,7 @@ from shoal.protocol.errors import (
     Unauthorised,
     Unavailable,
 )
+from shoal.protocol.market import TaskKind
 from shoal.protocol.node import LeaseOffer
 from shoal.protocol.signing import sign
 
@@ -51,7 +52,7 @@ class Deal:
     def untouched(self) -> bool:
         """Whether no unit is out, no money is held and nothing waits for a verdict."""
         return (
-            self.sale.workload.waiting == [0, 1]
+            self.sale.workload.waiting == [(0, 1)]
             and self.ledger.free_micros == FUNDED_MICROS
             and not self.dispatcher.live_leases(self.job)
             and self.dispatcher.submissions.empty()
@@ -84,9 +85,9 @@ def test_a_refusal_gives_the_units_back_and_suspends_the_bidder(tmp_path: Path) 
             await deal.dispatcher.drained(deal.job)
             assert deal.untouched()
             assert deal.sale.workload.failures == deal.sale.workload.attempts.total() == 0
-            now_ms = lab.time.now_ms()
-            assert not lab.orchestrator.auctioneer._may_work(deal.peer.node, now_ms)
-            assert lab.orchestrator.auctioneer._may_work(deal.peer.node, now_ms + 10_001)
+            assert lab.orchestrator.setbacks.is_paused(deal.peer.node)
+            lab.time.advance(10_000)
+            assert not lab.orchestrator.setbacks.is_paused(deal.peer.node)
             row = await lab.lease_row(offer)
             assert (row.state, row.reason) == ("refused", "no  room")
 
@@ -169,7 +170,7 @@ def test_silence_and_deadlines_end_a_lease_and_nothing_sooner(
     tmp_path: Path, beats_ms: tuple[int, ...], ends_ms: int, clock: Clock
 ) -> None:
     async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
+        async with open_lab(tmp_path, first_lease_ms=30_000) as lab:
             deal = await Deal.make(lab)
             offer, live = await deal.lease()
             passed = 0
@@ -186,7 +187,7 @@ def test_silence_and_deadlines_end_a_lease_and_nothing_sooner(
             assert deal.untouched()
             assert deal.sale.workload.failures == 1
             # The silent node does not win the very same units at once again.
-            assert not lab.orchestrator.auctioneer._may_work(deal.peer.node, lab.time.now_ms())
+            assert lab.orchestrator.setbacks.is_paused(deal.peer.node)
             assert (await deal.peer.beat(offer)).revoked == (offer.lease.record.lease_id,)
             assert (await lab.lease_row(offer)).state == "expired"
 
@@ -489,13 +490,12 @@ def test_claimed_slowness_does_not_stretch_deadlines_beyond_the_ceiling(tmp_path
     async def scenario() -> None:
         async with open_lab(tmp_path, lease_ceiling_ms=90_000) as lab:
             deal = await Deal.make(lab)
-            member = lab.orchestrator.roster.member(deal.peer.node)
-            from collections import deque
-
-            member.recent_unit_ms["rollout"] = deque([2**53 - 1])
+            pace, node = deal.dispatcher.pace, deal.peer.node
+            pace.note(deal.job, TaskKind.ROLLOUT, node, 2**52)
             offer, _ = await deal.lease()
             assert offer.lease.record.deadline_ms == lab.time.now_ms() + 90_000
-            member.recent_unit_ms["rollout"] = deque([10_000])
+            pace.forget(deal.job)
+            pace.note(deal.job, TaskKind.ROLLOUT, node, 10_000)
             lab.time.advance(3_001)
             await deal.dispatcher.reap()
             offer, _ = await deal.lease()

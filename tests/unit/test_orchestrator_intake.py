@@ -14,7 +14,7 @@ from sqlalchemy import select
 from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, Unauthorised
-from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, Job, JobState
+from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, Job, JobState, TaskSizes
 from shoal.protocol.signing import Signed, sign
 
 
@@ -130,7 +130,22 @@ def test_a_job_signed_by_another_is_refused(tmp_path: Path) -> None:
             "too_few_prompts",
             "eval.num_examples",
         ),
-        ({"batch_size": 4 * 513}, InvalidRequest, "batch_too_large", "512"),
+        (
+            {"batch_size": 4 * 513, "tasks": TaskSizes(gradient=1)},
+            InvalidRequest,
+            "batch_too_large",
+            "tasks.gradient",
+        ),
+        (
+            {
+                "batch_size": 4 * 513,
+                "tasks": TaskSizes(rollout=1, gradient=64),
+                "dynamic_sampling_rounds": 1,
+            },
+            InvalidRequest,
+            "batch_too_large",
+            "tasks.rollout",
+        ),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_with_a_reason(

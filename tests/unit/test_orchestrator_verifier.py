@@ -17,7 +17,7 @@ from learning_fixtures import write_base
 from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
 
 from shoal.market.lease import LeaseState
-from shoal.orchestrator.dispatcher import LiveLease
+from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.verifier import Verifier
 from shoal.protocol.errors import InvalidRequest, InvariantBroken
@@ -173,8 +173,7 @@ def test_forged_logprobs_are_rejected_unpaid_and_done_again_by_another(
             assert (verdict.pay_micros, verdict.num_units) == (0, 0)
             assert case.ledger.free_micros == case.ledger.funded_micros
             assert (case.member.consecutive_valid, case.member.audited) == (0, 0)
-            now_ms = case.lab.time.now_ms()
-            assert not case.lab.orchestrator.auctioneer._may_work(case.peer.node, now_ms)
+            assert case.lab.orchestrator.setbacks.is_paused(case.peer.node)
             (ruling,) = await case.lab.statements()
             assert ruling.kind == "verification"
             row = await case.lab.lease_row(offer)
@@ -183,7 +182,7 @@ def test_forged_logprobs_are_rejected_unpaid_and_done_again_by_another(
             assert events[-1].type == "result_rejected"
             assert events[-1].data["account"] == case.peer.account.address
 
-            assert case.sale.workload.waiting == [0, 1]
+            assert case.sale.workload.waiting == [(0, 1)]
             other = await case.lab.peer()
             again, live = await case.lease(other)
             assert again.lease.record.lease_epoch == 2
@@ -358,8 +357,7 @@ def test_a_check_that_breaks_costs_the_lease_and_blames_nobody(
             assert "could not be judged" in verdict.reason()
             assert "a defect" not in verdict.reason()
             assert case.member.consecutive_valid == 3
-            now_ms = case.lab.time.now_ms()
-            assert case.lab.orchestrator.auctioneer._may_work(case.peer.node, now_ms)
+            assert not case.lab.orchestrator.setbacks.is_paused(case.peer.node)
             assert case.sale.workload.failures == 1
             offer, live = await case.lease()
             assert (await case.verdict(case.honest(offer), live)).accepted
@@ -431,7 +429,8 @@ def test_a_claimed_compute_time_counts_no_more_than_the_time_held(
             message = case.message(offer, payload, compute_ms=2**53 - 1)
             case.lab.time.advance(600)
             await case.verdict(message, live)
-            assert list(case.member.recent_unit_ms["rollout"]) == [301]
+            pace = case.lab.orchestrator.dispatcher.pace
+            assert pace.median_unit_ms(live.lease.job_id, live.lease.kind) == 301
 
     run(scenario)
 

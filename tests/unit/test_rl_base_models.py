@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,16 @@ from shoal.models.tiny import build_tokenizer, split_words
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import EnvSpec
 from shoal.rl.addition import Addition
-from shoal.rl.base_models import RECIPES, WarmStart, build_base, fetch_base
-from shoal.rl.environments import Split
+from shoal.rl.base_models import (
+    RECIPES,
+    WarmStart,
+    build_base,
+    fetch_base,
+    instruction_pieces,
+)
+from shoal.rl.environments import Split, load_environment
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = WarmStart(environment=EnvSpec(id="addition"), steps=2, batch_size=8)
 
 
@@ -62,11 +71,42 @@ def test_other_names_are_resolved_as_paths(tmp_path: Path) -> None:
     assert fetch_base(str(folder), tmp_path, allow_local=True) == folder
 
 
-def test_words_are_single_tokens_and_numbers_are_not() -> None:
-    text = "State the answer: 12 + 34 ="
-    words = split_words(text)
-    assert words == ["State ", "the ", "answer: "]
-    tokenizer = build_tokenizer(words)
+def test_pieces_are_single_tokens_and_the_rest_is_spelled() -> None:
+    text = "State the answer: 12 + 34 =\n"
+    assert split_words(text) == ["State ", "the ", "answer: "]
+    tokenizer = build_tokenizer(["State the ", "State ", "answer: ", "\n"])
     tokens = tokenizer(text)["input_ids"]
     assert len(tokens) == 3 + len("12 + 34 =")
     assert tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_base_reads_every_prompt_and_answer_of_its_task(name: str) -> None:
+    environment = load_environment(RECIPES[name].environment)
+    tokenizer = build_tokenizer(instruction_pieces(environment))
+    for split, index in itertools.product(Split, range(0, 500, 7)):
+        for text in (environment.prompt(split, index), environment.answer(split, index)):
+            tokens = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(tokens) == text
+            assert len(tokens) <= 40
+
+
+@pytest.mark.parametrize("name", ["gcd", "leg_counting", "spell_backward"])
+def test_an_example_s_base_was_warmed_on_the_example_s_task(name: str) -> None:
+    job = tomllib.loads((EXAMPLES / f"{name}.toml").read_text())
+    (environment,) = job["env"]
+    recipe = RECIPES[job["model"].removeprefix("builtin:")]
+    assert recipe.environment == EnvSpec(**environment)
+    # An answer and its end fit the limit, so nothing right is cut off.
+    tokenizer = build_tokenizer(instruction_pieces(load_environment(recipe.environment)))
+    answers = [load_environment(recipe.environment).answer(Split.EVAL, i) for i in range(200)]
+    longest = max(len(tokenizer(answer)["input_ids"]) for answer in answers)
+    assert longest + 1 <= job["sampling"]["max_tokens"]
+
+
+def test_what_a_prompt_asks_about_is_spelled() -> None:
+    environment = load_environment(RECIPES["tiny-spell-backward"].environment)
+    instruction, *characters = instruction_pieces(environment)
+    assert instruction == "Spell this word backward (example: sun -> nus): "
+    assert all(len(character) == 1 for character in characters)
+    assert instruction_pieces(load_environment(EnvSpec(id="addition"))) == []

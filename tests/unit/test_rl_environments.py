@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from shoal.protocol.errors import InvalidRequest
@@ -135,6 +137,45 @@ def test_a_failing_grader_is_an_error_and_never_a_zero(monkeypatch: pytest.Monke
     monkeypatch.setattr(env._dataset, "score_answer", fail)
     with pytest.raises(InvalidRequest, match="failed on a completion of train prompt 5"):
         env.score(Split.TRAIN, 5, "7")
+
+
+@pytest.mark.parametrize("spec", [ADDITION, CHAIN_SUM], ids=["addition", "chain_sum"])
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [(RuntimeError("boom"), "RuntimeError"), (math.nan, "nan"), (7.0, "7.0"), (-1.0, "-1.0")],
+)
+def test_whatever_a_grader_does_wrong_is_an_error_and_never_a_reward(
+    spec: EnvSpec, outcome: Exception | float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = load_environment(spec)
+
+    def grade(split: Split, index: int, completion: str) -> float:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(env, "score", grade)
+    prompts = (PromptRef(environment=0, index=5),)
+    with pytest.raises(InvalidRequest, match=rf"completion of train prompt 5 .*{said}") as refused:
+        score_completions([env], prompts, 1, ["7"], Split.TRAIN)
+    assert refused.value.code == "grader_failed"
+
+
+def test_a_grader_of_reasoning_gym_without_a_number_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = load_environment(CHAIN_SUM)
+    assert isinstance(env, ReasoningGym)
+    for marks in (math.nan, None):
+        monkeypatch.setattr(env._dataset, "score_answer", lambda answer, entry, m=marks: m)
+        with pytest.raises(InvalidRequest) as refused:
+            env.score(Split.TRAIN, 5, "7")
+        assert refused.value.code == "grader_failed"
+
+
+def test_an_empty_completion_scores_zero_and_fails_nothing(env: Environment) -> None:
+    prompts = (PromptRef(environment=0, index=1),)
+    assert score_completions([env], prompts, 2, ["", "  "], Split.EVAL) == [0.0, 0.0]
 
 
 def test_rewards_follow_prompts_and_groups() -> None:

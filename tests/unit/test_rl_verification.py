@@ -15,6 +15,7 @@ from learning_fixtures import TOLERANCE, Lab, spread_rewards, stir, write_base
 
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.learning import CodecSpec
 from shoal.protocol.result import CheckName, Result
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
 from shoal.rl import verification
@@ -304,15 +305,15 @@ def _rows_of(lab: Lab, work: tuple[GradientTask, bytes]) -> tuple[np.ndarray, ..
 
 def scaled(payload: GradientPayload, factor: float) -> GradientPayload:
     gradients = {n: (a * factor).astype(np.float32) for n, a in payload.gradients.items()}
-    return replace(payload, gradients=gradients)
+    return GradientPayload.pack(gradients, payload.stats, CodecSpec())[0]
 
 
 @pytest.mark.parametrize("factor", [-1.0, 1.001, 0.5])
 def test_a_false_gradient_is_refused_on_audit_only(
     lab: Lab, gradient_task: tuple[GradientTask, bytes], factor: float
 ) -> None:
-    data = run_gradient(lab.policy, *gradient_task)
-    payload = GradientPayload.decode(data, lab.policy.shapes())
+    data = run_gradient(lab.policy, *gradient_task).payload
+    payload = GradientPayload.decode(data, lab.policy.shapes(), CodecSpec())
     assert check_gradient(lab, gradient_task, payload).accepted
     false = scaled(payload, factor)
     assert failed(check_gradient(lab, gradient_task, false)) is CheckName.GRADIENT
@@ -326,8 +327,8 @@ def test_an_empty_or_absurd_gradient_is_refused_without_audit(
     monkeypatch: pytest.MonkeyPatch,
     factor: float,
 ) -> None:
-    data = run_gradient(lab.policy, *gradient_task)
-    false = scaled(GradientPayload.decode(data, lab.policy.shapes()), factor)
+    data = run_gradient(lab.policy, *gradient_task).payload
+    false = scaled(GradientPayload.decode(data, lab.policy.shapes(), CodecSpec()), factor)
     assert failed(check_gradient(lab, gradient_task, false, audit=False)) is CheckName.GRADIENT
     switch_off(monkeypatch, CheckName.GRADIENT)
     assert check_gradient(lab, gradient_task, false, audit=False).accepted
@@ -336,8 +337,8 @@ def test_an_empty_or_absurd_gradient_is_refused_without_audit(
 def test_false_statistics_are_refused_on_audit(
     lab: Lab, gradient_task: tuple[GradientTask, bytes]
 ) -> None:
-    data = run_gradient(lab.policy, *gradient_task)
-    payload = GradientPayload.decode(data, lab.policy.shapes())
+    data = run_gradient(lab.policy, *gradient_task).payload
+    payload = GradientPayload.decode(data, lab.policy.shapes(), CodecSpec())
     boast = replace(payload, stats=replace(payload.stats, entropy_sum=1e6))
     assert failed(check_gradient(lab, gradient_task, boast)) is CheckName.GRADIENT
     assert check_gradient(lab, gradient_task, boast, audit=False).accepted

@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eth_account import Account as EthAccount
 from worker_double import (
+    DOMAIN,
     JOB_ID,
     POLICY,
     MemoryBlobs,
@@ -23,6 +25,7 @@ from worker_double import (
 
 from shoal.network.identity import NodeIdentity, public_key_of
 from shoal.network.memory import MemoryHub, MemoryNetwork
+from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.clock import ManualTime
 from shoal.protocol.errors import (
     Clock,
@@ -34,14 +37,26 @@ from shoal.protocol.errors import (
     Unauthorised,
     Unavailable,
 )
+from shoal.protocol.ids import PeerId
+from shoal.protocol.learning import CodecKind, CodecSpec, GradientSpec
 from shoal.protocol.market import Lease, TaskKind
-from shoal.protocol.node import HELLO_PROTOCOL, LEASE_PROTOCOL, HelloReply, IdleReason, LeaseOffer
+from shoal.protocol.node import (
+    EVIDENCE_PROTOCOL,
+    HELLO_PROTOCOL,
+    LEASE_PROTOCOL,
+    EvidenceReply,
+    EvidenceRequest,
+    HelloReply,
+    IdleReason,
+    LeaseOffer,
+)
+from shoal.protocol.signing import sign
 from shoal.provenance import dsse
 from shoal.provenance.statement import require_same_work
 from shoal.worker.config import load_config
 from shoal.worker.events import JsonFormatter
 from shoal.worker.node import Parts, WorkerNode
-from shoal.worker.ports import ProviderChain
+from shoal.worker.ports import ProviderChain, TaskInput, TaskOutput
 from shoal.worker.session import Backoff, Credentials, find_addresses
 
 ORCHESTRATOR = NodeIdentity(b"o" * 32)
@@ -473,7 +488,7 @@ def test_a_stopping_worker_hands_in_what_is_done_and_drops_the_rest(drive: Drive
         await asyncio.to_thread(world.engine.started.wait, 5)
         world.stop.set()
         assert world.running is not None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await world.running
         assert world.double.inbox.results.empty()
 
@@ -494,3 +509,54 @@ def test_backoff_doubles_to_a_limit_and_starts_over() -> None:
 def test_an_orchestrator_that_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="neither an address"):
         asyncio.run(find_addresses(text))
+
+
+def test_residuals_are_shown_to_the_orchestrator_alone_and_fed_back_once(drive: Drive) -> None:
+    feedback = GradientSpec(codec=CodecSpec(kind=CodecKind.INT8, error_feedback=1.0))
+    given: list[bytes | None] = []
+
+    async def script(world: World) -> None:
+        compute = world.engine.run
+
+        def leave(task: Any, inputs: TaskInput, on_progress: Callable[[], None]) -> TaskOutput:
+            given.append(inputs.residual)
+            output = compute(task, inputs, on_progress)
+            return replace(output, residual=f"residual {len(given)}".encode())
+
+        world.engine.run = leave  # type: ignore[method-assign]
+        await world.join()
+
+        def asking(number: int, data: bytes) -> EvidenceRequest:
+            return EvidenceRequest(
+                lease_id=f"lease_{number:08d}", blob_sha256=sha256_hex(data), upload_token="7" * 32
+            )
+
+        async def ask(number: int, data: bytes) -> bool:
+            reply = await world.double.network.request(
+                IDENTITY.peer_id, EVIDENCE_PROTOCOL, asking(number, data).encode(), timeout_s=5
+            )
+            return EvidenceReply.decode(reply).uploaded
+
+        async def work(number: int, accepted: bool) -> None:
+            task = make_task(TaskKind.GRADIENT, number).model_copy(update={"gradient": feedback})
+            offer = world.double.offer(task, ACCOUNT.address, IDENTITY.peer_id, number=number)
+            assert (await world.double.send(offer, IDENTITY.peer_id)).refusal is None
+            message = await world.next(world.double.inbox.results)
+            assert not await ask(number, b"never kept")
+            assert await ask(number, f"residual {number}".encode())
+            record = world.double.verdict(message).record.model_copy(update={"accepted": accepted})
+            verdict = sign(record, DOMAIN, world.double.account)
+            world.double.beat = world.double.beat.model_copy(update={"verdicts": (verdict,)})
+            while record.lease_id not in (await world.next(world.double.inbox.beats)).acknowledged:
+                pass
+
+        for number, accepted in ((1, True), (2, False), (3, True)):
+            await work(number, accepted)
+        assert given == [None, b"residual 1", b"residual 1"]
+        assert world.blobs.tokens[sha256_hex(b"residual 1")] == "7" * 32
+        # What has its verdict is not shown any more, and nothing ever to anybody else.
+        assert not await ask(3, b"residual 3")
+        with pytest.raises(Unauthorised):
+            await world.worker._on_evidence(PeerId("stranger"), asking(3, b"any").encode())
+
+    drive(script)

@@ -55,7 +55,7 @@ def config(**options: Any) -> WorkerConfig:
 def test_a_genuine_offer_is_believed_and_taken(fixture: Fixture, kind: TaskKind) -> None:
     offer = fixture.offer(make_task(kind))
     require_genuine(offer, fixture.parties)
-    assert refusal_of(offer, config(), 0) is None
+    assert refusal_of(offer, config(), capacity=64, units_held=0) is None
 
 
 HOSTILE_LEASES: dict[str, dict[str, Any]] = {
@@ -131,12 +131,15 @@ def test_a_lease_signed_for_another_chain_is_unauthorised(fixture: Fixture) -> N
 def test_a_genuine_offer_may_be_refused(
     fixture: Fixture, changes: dict[str, Any], options: dict[str, Any], held: int, reason: str
 ) -> None:
-    refusal = refusal_of(fixture.offer(**changes), config(**options), held)
+    limits = config(**options)
+    capacity = limits.capacity.units(TaskKind.ROLLOUT)
+    refusal = refusal_of(fixture.offer(**changes), limits, capacity=capacity, units_held=held)
     assert refusal is not None
     assert reason in refusal
 
 
 def test_a_result_cap_too_small_for_the_task_is_refused(fixture: Fixture) -> None:
     offer = fixture.offer().model_copy(update={"max_result_bytes": 63})
-    assert "cannot hold" in str(refusal_of(offer, config(), 0))
+    refusal = refusal_of(offer, config(), capacity=64, units_held=0)
+    assert "cannot hold" in str(refusal)
     assert offer.lease.record.job_id == JOB_ID

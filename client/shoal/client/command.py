@@ -30,6 +30,7 @@ _EXIT_BROKEN_PIPE = 141
 _COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Run a whole job on this machine, start to finish, and check it."),
     "up": ("up", "Start a market on this machine: chain, orchestrator, workers."),
+    "plan": ("plan", "Say what a job needs: memory, traffic, time, money, machines."),
     "submit": ("submit", "Submit a job file and pay for it."),
     "jobs": ("jobs", "List jobs, or show one."),
     "cancel": ("cancel", "End a job; what was handed in is paid."),

@@ -233,13 +233,16 @@ class _DemoRun:
                 "The orchestrator reports fewer than two evaluations of a complete job; its log "
                 f"is {self._devnet.folder.orchestrator_log}."
             )
+        first, last = view.evaluations[0], view.evaluations[-1]
         killed_account = (
             load_account(self._devnet.folder.worker_key(killed)).address if killed else None
         )
         summary = DemoSummary(
             job_id=job_id,
-            reward_before=view.evaluations[0].accuracy,
-            reward_after=view.evaluations[-1].accuracy,
+            reward_before=first.accuracy,
+            reward_before_interval=(first.accuracy_low, first.accuracy_high),
+            reward_after=last.accuracy,
+            reward_after_interval=(last.accuracy_low, last.accuracy_high),
             steps=view.policy_version,
             wall_s=round(wall_s, 2),
             tasks={kind: view.tasks.get(kind.value, 0) for kind in TaskKind},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from shoal.client.api import ShoalClient
 from shoal.client.output import Output
-from shoal.client.picture import dollars, picture_of, time_left
+from shoal.client.picture import dollars, picture_of, plus_minus, time_left
 from shoal.client.views import JobView
 from shoal.protocol.errors import Unavailable
 
@@ -55,6 +57,7 @@ class JobWatch:
         self._output = output
         self._emit_json = emit_json
         self._said: tuple[object, ...] | None = None
+        self._wrong: dict[str, str] = {}
         self._live: Live | None = None
 
     def picture(self) -> AbstractContextManager[object]:
@@ -79,14 +82,18 @@ class JobWatch:
             return
         stride = max(1, view.max_steps // _PLAIN_LINES)
         gone = tuple(worker.node for worker in view.workers if not worker.connected)
-        news = (view.state, view.policy_version // stride, len(view.evaluations), gone)
+        wrong = {diagnosis.code: diagnosis.sentence for diagnosis in view.health}
+        news = (view.state, view.policy_version // stride, len(view.evaluations), gone, *wrong)
         if news == self._said:
             return
         self._said = news
         if self._emit_json:
             self._output.emit({"type": "progress", "job": view.model_dump(mode="json")})
-        else:
-            self._output.say(plain_line(view), kept=False)
+            return
+        for line in health_lines(self._wrong, wrong):
+            self._output.say(escape(line), kept=False)
+        self._wrong = wrong
+        self._output.say(plain_line(view), kept=False)
 
     def trouble(self, error: Unavailable) -> None:
         """Says that the orchestrator is out of reach; watching goes on."""
@@ -136,13 +143,20 @@ async def follow_job(
             await asyncio.sleep(POLL_S)
 
 
+def health_lines(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What began to be wrong and what ended, by code; each is said once."""
+    begun = [f"health: {sentence}" for code, sentence in now.items() if code not in before]
+    return begun + [f"health: {code} is over" for code in before if code not in now]
+
+
 def plain_line(view: JobView) -> str:
     """The job as one line of text."""
     parts = [f"{view.state.value:9} version {view.policy_version}/{view.max_steps}"]
     if view.reward_recent is not None:
         parts.append(f"reward {view.reward_recent:.3f}")
     if view.evaluations:
-        parts.append(f"held-out {100 * view.evaluations[-1].accuracy:.1f}%")
+        last = view.evaluations[-1]
+        parts.append(f"held-out {100 * last.accuracy:.1f}% {plus_minus(last.margin)}")
     parts.append(f"spent {dollars(view.spent_micros)} of {dollars(view.budget_micros)}")
     connected = sum(worker.connected for worker in view.workers)
     parts.append(f"{connected} workers")

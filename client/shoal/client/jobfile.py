@@ -18,54 +18,22 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from shoal.protocol.errors import InvalidRequest, NotFound
+from shoal.client.jobfile_keys import (
+    BUDGET_KEYS,
+    ENV_KEYS,
+    KEYS,
+    PRICED,
+    REQUIRED,
+    TUNING,
+    TUNINGS,
+    file_key,
+    join,
+)
+from shoal.client.textfile import read_text_file
+from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import JobSpec
 from shoal.protocol.money import MAX_MICROS, format_dollars, parse_dollars
 from shoal.protocol.record import MAX_INT
-
-_MAX_FILE_BYTES = 1 << 20
-_PRICED = ("rollout", "gradient", "evaluate")
-
-# File key -> path in the spec, table by table; "" is the top of the file.
-_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
-    "": {
-        "schema": ("schema_version",),
-        "name": ("name",),
-        "model": ("model",),
-        "model_sha256": ("model_sha256",),
-        "seed": ("seed",),
-        "max_steps": ("max_steps",),
-        "batch_size": ("batch_size",),
-        "rollouts_per_example": ("rollouts_per_example",),
-        "learning_rate": ("optimizer", "learning_rate"),
-        "max_staleness": ("max_staleness",),
-    },
-    "algorithm": {
-        "type": ("loss", "kind"),
-        "clip_low": ("loss", "clip_low"),
-        "clip_high": ("loss", "clip_high"),
-        "advantage_scale": ("loss", "advantage_scale"),
-    },
-    "optimizer": {
-        key: ("optimizer", key)
-        for key in (
-            "warmup_steps",
-            "final_lr_fraction",
-            "beta1",
-            "beta2",
-            "weight_decay",
-            "max_grad_norm",
-        )
-    },
-    "lora": {key: ("lora", key) for key in ("r", "alpha", "target_modules")},
-    "sampling": {key: ("sampling", key) for key in ("max_tokens", "temperature")},
-    "eval": {key: ("evaluation", key) for key in ("interval", "num_examples")},
-    "checkpoint": {key: ("checkpoint", key) for key in ("interval", "keep_last")},
-    "verify": {key: ("verify", key) for key in ("spot_check_rate", "logprob_tolerance")},
-}
-_ENV_KEYS = ("id", "weight", "args")
-_BUDGET_KEYS = ("max_total", "max_unit_price")
-_REQUIRED = ("name", "model", "max_steps", "batch_size")
 
 
 def load_job_file(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -81,22 +49,7 @@ def load_job_file(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         InvalidRequest: the file or an override is not a valid job; the message names the
             file, the key and what to write there.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFound(f"There is no job file at {path}; check the path.") from None
-    except OSError as error:
-        raise InvalidRequest(f"The job file {path} cannot be read: {error.strerror}.") from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise InvalidRequest(f"The job file {path} is larger than {_MAX_FILE_BYTES} bytes.")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(
-            f"The job file {path} is not UTF-8 text at byte {error.start}; save it as UTF-8."
-        ) from None
-    return parse_job(text, str(path), overrides)
+    return parse_job(read_text_file(path, "job file"), str(path), overrides)
 
 
 def parse_job(text: str, source: str, overrides: Sequence[str] = ()) -> JobSpec:
@@ -117,13 +70,17 @@ def parse_job(text: str, source: str, overrides: Sequence[str] = ()) -> JobSpec:
 def render_job_file(spec: JobSpec) -> str:
     """``spec`` as a job file with every default written out; it loads back equal."""
     data = spec.model_dump(mode="json")
+    tuning = "full" if spec.lora is None else "lora"
     blocks = []
-    for table, keys in _KEYS.items():
-        lines = [f"[{table}]"] if table else []
-        for key, path in keys.items():
-            value = _at(data, path)
-            if value is not None:
-                lines.append(f"{key} = {_render_value(value)}")
+    for table, keys in KEYS.items():
+        values = {key: _at(data, path) for key, path in keys.items()}
+        lines = [f"{key} = {_render_value(v)}" for key, v in values.items() if v is not None]
+        if not table:
+            lines.append(f"{TUNING} = {_quote(tuning)}")
+        elif lines:
+            lines.insert(0, f"[{table}]")
+        else:
+            continue
         blocks.append(lines)
     for env in data["environments"]:
         args = ", ".join(f"{_quote(k)} = {_render_value(v)}" for k, v in env["args"].items())
@@ -136,7 +93,7 @@ def render_job_file(spec: JobSpec) -> str:
             ]
         )
     prices = ", ".join(
-        f'{kind} = "{format_dollars(data["budget"][f"max_{kind}_micros"])}"' for kind in _PRICED
+        f'{kind} = "{format_dollars(data["budget"][f"max_{kind}_micros"])}"' for kind in PRICED
     )
     blocks.append(
         [
@@ -156,19 +113,21 @@ class _Reader:
 
     def read(self, document: Mapping[str, Any]) -> JobSpec:
         spec: dict[str, Any] = {}
-        tables = [name for name in _KEYS if name]
-        self._check_known(document, "", [*_KEYS[""], *tables, "env", "budget"])
-        for table, keys in _KEYS.items():
+        tables = [name for name in KEYS if name]
+        self._check_known(document, "", [*KEYS[""], TUNING, *tables, "env", "budget"])
+        for table, keys in KEYS.items():
             content = self._table(document, table) if table else document
             if table:
                 self._check_known(content, table, list(keys))
             for key in keys:
                 if key in content:
-                    self._check_scalar(_join(table, key), content[key])
+                    self._check_scalar(join(table, key), content[key])
                     _put(spec, keys[key], content[key])
-        for key in _REQUIRED:
+        for key in REQUIRED:
             if key not in document:
                 self._fail(f"the key {key!r} is missing", f"add {key} = … at the top of the file")
+        if self._tunes_all(document):
+            spec["lora"] = None
         spec["environments"] = self._environments(document)
         spec["budget"] = self._budget(document)
         try:
@@ -176,6 +135,15 @@ class _Reader:
             return JobSpec.model_validate_json(json.dumps(spec))
         except ValidationError as error:
             self._explain(error)
+
+    def _tunes_all(self, document: Mapping[str, Any]) -> bool:
+        """Whether the job trains every weight rather than an adapter."""
+        tuning = document.get(TUNING, TUNINGS[0])
+        if tuning not in TUNINGS:
+            self._fail(f"{TUNING} is {_found(tuning)}", 'write "lora" or "full"')
+        if tuning == "full" and "lora" in document:
+            self._fail('[lora] has no meaning with tuning = "full"', "remove one of the two")
+        return bool(tuning == "full")
 
     def _environments(self, document: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = document.get("env")
@@ -187,7 +155,7 @@ class _Reader:
             self._fail(f"env is {_found(value)}", "write [[env]] tables")
         for number, env in enumerate(value):
             where = f"env[{number}]"
-            self._check_known(env, where, list(_ENV_KEYS))
+            self._check_known(env, where, list(ENV_KEYS))
             if "id" not in env:
                 self._fail(f"{where} has no id", 'add for example id = "addition"')
             for key in ("id", "weight"):
@@ -206,14 +174,14 @@ class _Reader:
         if "budget" not in document:
             self._fail("there is no [budget]", "add it with max_total and max_unit_price")
         budget = self._table(document, "budget")
-        self._check_known(budget, "budget", list(_BUDGET_KEYS))
-        for key in _BUDGET_KEYS:
+        self._check_known(budget, "budget", list(BUDGET_KEYS))
+        for key in BUDGET_KEYS:
             if key not in budget:
                 self._fail(f"budget.{key} is missing", 'give dollars as text, such as "25.00"')
         unit = budget["max_unit_price"]
         if isinstance(unit, dict):
-            self._check_known(unit, "budget.max_unit_price", list(_PRICED))
-            missing = next((kind for kind in _PRICED if kind not in unit), None)
+            self._check_known(unit, "budget.max_unit_price", list(PRICED))
+            missing = next((kind for kind in PRICED if kind not in unit), None)
             if missing is not None:
                 self._fail(
                     f"budget.max_unit_price has no price for {missing}",
@@ -227,7 +195,7 @@ class _Reader:
                     if isinstance(unit, dict)
                     else self._money("budget.max_unit_price", unit)
                 )
-                for kind in _PRICED
+                for kind in PRICED
             },
         }
 
@@ -256,7 +224,7 @@ class _Reader:
                     f"{self.source}: there is no key {key!r}{place}; "
                     f"the nearest valid name is {nearest!r}.",
                     code="unknown_key",
-                    key=_join(where, key),
+                    key=join(where, key),
                 )
 
     def _check_scalar(self, key: str, value: object) -> None:
@@ -271,11 +239,12 @@ class _Reader:
 
     def _explain(self, error: ValidationError) -> NoReturn:
         fault = error.errors(include_url=False, include_context=False)[0]
-        if not fault["loc"]:
-            raise InvalidRequest(
-                f"{self.source}: {fault['msg'].removeprefix('Value error, ')}.", code="invalid_job"
-            ) from None
-        key = _file_key(fault["loc"])
+        # A rule between several keys: our own sentence, which names them.
+        if fault["type"] == "value_error" and isinstance(fault["input"], dict):
+            where = f" in {file_key(fault['loc'])}," if fault["loc"] else ""
+            reason = fault["msg"].removeprefix("Value error, ")
+            raise InvalidRequest(f"{self.source}:{where} {reason}.", code="invalid_job") from None
+        key = file_key(fault["loc"])
         reason = fault["msg"].replace("Input should be", "it should be", 1)
         reason = reason.replace("String should", "it should", 1)
         raise InvalidRequest(
@@ -347,22 +316,6 @@ def _found(value: object) -> str:
     return f"the date or time {value}"
 
 
-def _file_key(location: Sequence[str | int]) -> str:
-    """The file's name for a place in the spec."""
-    parts = tuple(str(part) for part in location)
-    for table, keys in _KEYS.items():
-        for key, path in keys.items():
-            if path == parts[: len(path)]:
-                return _join(table, key)
-    if parts[0] == "environments" and len(parts) > 1:
-        return ".".join([f"env[{parts[1]}]", *parts[2:4]])
-    return ".".join(parts)
-
-
-def _join(table: str, key: str) -> str:
-    return f"{table}.{key}" if table else key
-
-
 def _put(target: dict[str, Any], path: tuple[str, ...], value: object) -> None:
     for part in path[:-1]:
         target = target.setdefault(part, {})
@@ -372,7 +325,7 @@ def _put(target: dict[str, Any], path: tuple[str, ...], value: object) -> None:
 def _at(source: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = source
     for part in path:
-        value = value[part]
+        value = None if value is None else value[part]
     return value
 
 

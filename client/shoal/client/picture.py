@@ -35,6 +35,7 @@ def picture_of(view: JobView, rewards: Sequence[float]) -> RenderableType:
         rewards: Mean batch rewards seen so far, oldest first.
     """
     parts: list[RenderableType] = ["", _headline(view), _figures(view, rewards)]
+    parts += [Text(f"! {diagnosis.sentence}", style="yellow") for diagnosis in view.health]
     if view.workers:
         parts += ["", worker_table(view)]
     return Group(*parts)
@@ -92,10 +93,13 @@ def _accuracies(view: JobView) -> Text:
 
 
 def _accuracy_change(view: JobView) -> Text:
-    if len(view.evaluations) < 2:
+    if not view.evaluations:
         return Text("")
-    change = 100 * (view.evaluations[-1].accuracy - view.evaluations[0].accuracy)
-    return Text(f"{change:+.1f} points", style="bold")
+    margin = Text(plus_minus(view.evaluations[-1].margin), style="dim")
+    if len(view.evaluations) > 1:
+        change = 100 * (view.evaluations[-1].accuracy - view.evaluations[0].accuracy)
+        margin.append(f"  {change:+.1f} points", style="bold not dim")
+    return margin
 
 
 def worker_table(view: JobView) -> Table:
@@ -142,6 +146,11 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
         values = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges) if b > a]
     top = len(_BARS) - 1
     return "".join(_BARS[round(min(1.0, max(0.0, value)) * top)] for value in values)
+
+
+def plus_minus(margin: float) -> str:
+    """Half the width of a 95 % confidence interval, in points."""
+    return f"±{100 * margin:.1f}"
 
 
 def time_left(view: JobView) -> str:

@@ -81,13 +81,15 @@ class ProvenanceSummary(Record):
 class DemoSummary(Record):
     """``summary.json``.  Writer: `shoal demo`.  Reader: people and tests.
 
-    Rewards are greedy accuracy (0 to 1) on held-out prompts; ``wall_s`` runs from the
-    submission to the job's completion.
+    Rewards are avg@k (0 to 1) on held-out prompts, each with its 95 % confidence interval;
+    ``wall_s`` runs from the submission to the job's completion.
     """
 
     job_id: Hex32
     reward_before: float
+    reward_before_interval: tuple[float, float]
     reward_after: float
+    reward_after_interval: tuple[float, float]
     steps: int
     wall_s: float = Field(ge=0)
     tasks: dict[TaskKind, int]
@@ -160,8 +162,9 @@ def _result_table(summary: DemoSummary, verdict: Text) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from shoal.client.picture import dollars, duration
+    from shoal.client.picture import dollars, duration, plus_minus
 
+    before, after = _half(summary.reward_before_interval), _half(summary.reward_after_interval)
     gain = 100 * (summary.reward_after - summary.reward_before)
     grid = Table.grid(padding=(0, 3))
     grid.add_column(style="dim", no_wrap=True)
@@ -169,9 +172,10 @@ def _result_table(summary: DemoSummary, verdict: Text) -> Table:
     grid.add_row(
         "held-out accuracy",
         Text.assemble(
-            f"{100 * summary.reward_before:.1f}% → ",
+            f"{100 * summary.reward_before:.1f}% {plus_minus(before)} → ",
             (f"{100 * summary.reward_after:.1f}%", "bold green"),
-            f"  ({gain:+.1f} points, {summary.steps} updates, {duration(summary.wall_s)})",
+            f" {plus_minus(after)}  "
+            f"({gain:+.1f} points, {summary.steps} updates, {duration(summary.wall_s)})",
         ),
     )
     grid.add_row("tasks", "  ".join(f"{n} {kind.value}" for kind, n in summary.tasks.items()))
@@ -189,6 +193,10 @@ def _result_table(summary: DemoSummary, verdict: Text) -> Table:
     statements = f"  {summary.provenance.statements} signed statements, checked offline"
     grid.add_row("provenance", Text.assemble(verdict, statements))
     return grid
+
+
+def _half(interval: tuple[float, float]) -> float:
+    return (interval[1] - interval[0]) / 2
 
 
 def _worker_table(summary: DemoSummary) -> Table:

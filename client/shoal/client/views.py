@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shoal.protocol.blob import MAX_BLOB_BYTES, BlobRef
 from shoal.protocol.errors import PeerFault
@@ -61,11 +61,37 @@ class SubmittedJob(View):
 
 
 class Evaluation(View):
-    """Greedy accuracy (0 to 1) of one policy version on held-out prompts."""
+    """How one policy version did on held-out prompts.
+
+    ``accuracy`` is avg@k with k ``num_samples`` (0 to 1), between ``accuracy_low`` and
+    ``accuracy_high`` with 95 % confidence.
+    """
 
     policy_version: int
     accuracy: float
+    accuracy_low: float
+    accuracy_high: float
     num_examples: int
+    num_samples: int = 1
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the confidence interval."""
+        return (self.accuracy_high - self.accuracy_low) / 2
+
+
+class HealthView(View):
+    """Something that is wrong with a job's learning: the figures, and what to do."""
+
+    code: str
+    finding: str
+    remedy: str
+    policy_version: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """Both, for people."""
+        return f"{self.finding}: {self.remedy}"
 
 
 class LeaseCounts(View):
@@ -129,7 +155,8 @@ class JobView(View):
     """A job as of now.
 
     ``reward_recent`` is the mean reward of the last batch; ``eta_s`` is absent until a pace
-    is known; ``spent_micros`` is accepted work, ``committed_micros`` what is posted on chain.
+    is known; ``spent_micros`` is accepted work, ``committed_micros`` what is posted on chain;
+    ``health`` is what is wrong now, ``evaluations`` are in the order of their versions.
     """
 
     job_id: Hex32
@@ -149,10 +176,16 @@ class JobView(View):
     committed_micros: int = 0
     reward_recent: float | None = None
     evaluations: tuple[Evaluation, ...] = Field(default=(), max_length=MAX_LIST)
+    health: tuple[HealthView, ...] = Field(default=(), max_length=MAX_LIST)
     tasks: dict[str, int] = Field(default_factory=dict)
     workers: tuple[WorkerView, ...] = Field(default=(), max_length=MAX_LIST)
     escrow: EscrowView | None = None
     model: ModelView | None = None
+
+    @field_validator("evaluations")
+    @classmethod
+    def _by_version(cls, evaluations: tuple[Evaluation, ...]) -> tuple[Evaluation, ...]:
+        return tuple(sorted(evaluations, key=lambda item: item.policy_version))
 
     @property
     def ended(self) -> bool:

@@ -28,6 +28,7 @@ class RejectReason(StrEnum):
     NOT_COVERED = "not_covered"
     EXPIRED = "expired"
     ABOVE_RESERVE = "above_reserve"
+    TASK_TOO_LARGE = "task_too_large"
     NO_CAPACITY = "no_capacity"
     OUTBID = "outbid"
 
@@ -69,13 +70,13 @@ def clear(
     in_flight: Mapping[tuple[str, TaskKind], int],
     seed: bytes,
     now_ms: int,
-    units_per_task: int = 1,
+    task_sizes: Sequence[int] | None = None,
 ) -> Clearing:
     """The lot's units are awarded to the cheapest bids that can do them.
 
-    A bid wins ``min(capacity − units its node holds of this kind, units left)``, rounded
-    down to whole tasks.  A node with several matching bids shares one count of units in
-    flight among them.  A bid that appears twice counts once.
+    A bid wins, in the order of ``task_sizes``, each task left that still fits its room:
+    capacity less the units its node holds of this kind.  A node with several matching bids
+    shares one count of units in flight among them.  A bid that appears twice counts once.
 
     Args:
         lot: What is auctioned.
@@ -83,34 +84,37 @@ def clear(
         in_flight: Units each (node, kind) holds now; absent means none.
         seed: 32 bytes that no bidder knew when bidding.
         now_ms: The orchestrator's time.
-        units_per_task: Units that must go to one holder together.
+        task_sizes: How many units each task has, which go to one holder together; absent
+            means tasks of one unit.
 
     Raises:
-        InvalidRequest: ``seed`` is not 32 bytes, or the lot is not whole tasks.
+        InvalidRequest: ``seed`` is not 32 bytes, or the tasks are not the lot.
     """
     if len(seed) != SEED_BYTES:
         raise InvalidRequest(
             f"An auction's seed is {SEED_BYTES} bytes, not {len(seed)}.", code="bad_seed"
         )
-    if units_per_task < 1 or lot.num_units % units_per_task:
+    sizes = [1] * lot.num_units if task_sizes is None else list(task_sizes)
+    if sum(sizes) != lot.num_units or min(sizes) < 1:
         raise InvalidRequest(
-            f"Lot {lot.lot_id} has {lot.num_units} units, which is not a multiple of "
-            f"{units_per_task} units per task; plan lots of whole tasks.",
+            f"Lot {lot.lot_id} has {lot.num_units} units and its tasks {sum(sizes)}; plan lots "
+            "of whole tasks.",
             code="ragged_lot",
         )
     unique = {entry.sha256: entry for entry in book}
-    refused = {digest: _unfit(lot, entry, now_ms) for digest, entry in unique.items()}
+    smallest = min(sizes)
+    refused = {digest: _unfit(lot, entry, smallest, now_ms) for digest, entry in unique.items()}
     ladder = sorted(
         (unique[digest] for digest, reason in refused.items() if reason is None),
         key=lambda entry: (entry.bid.price_micros, tie_break(seed, entry.sha256)),
     )
-    awards, losers, remaining = _fill(lot, ladder, in_flight, units_per_task)
+    awards, losers = _fill(lot, ladder, in_flight, sizes)
     reasons = {digest: reason for digest, reason in refused.items() if reason} | losers
     return Clearing(
         lot_id=lot.lot_id,
         seed="0x" + seed.hex(),
         awards=awards,
-        unfilled_units=remaining,
+        unfilled_units=sum(sizes),
         rejected=tuple(
             Rejection(bid_sha256=digest, node=unique[digest].bid.node, reason=reasons[digest])
             for digest in sorted(reasons)
@@ -118,7 +122,7 @@ def clear(
     )
 
 
-def _unfit(lot: Lot, entry: StandingBid, now_ms: int) -> RejectReason | None:
+def _unfit(lot: Lot, entry: StandingBid, smallest: int, now_ms: int) -> RejectReason | None:
     """Why the bid cannot compete for the lot at all."""
     bid = entry.bid
     if bid.kind is not lot.lot_class.kind or not bid.covers(lot.job_id, lot.epoch):
@@ -127,6 +131,8 @@ def _unfit(lot: Lot, entry: StandingBid, now_ms: int) -> RejectReason | None:
         return RejectReason.EXPIRED
     if bid.price_micros > lot.reserve_micros:
         return RejectReason.ABOVE_RESERVE
+    if bid.capacity < smallest:
+        return RejectReason.TASK_TOO_LARGE
     return None
 
 
@@ -134,26 +140,24 @@ def _fill(
     lot: Lot,
     ladder: Sequence[StandingBid],
     in_flight: Mapping[tuple[str, TaskKind], int],
-    units_per_task: int,
-) -> tuple[tuple[Award, ...], dict[Digest, RejectReason], int]:
-    """Awards down the ladder, the reasons of those left out, and the units left over."""
+    sizes: list[int],
+) -> tuple[tuple[Award, ...], dict[Digest, RejectReason]]:
+    """Awards down the ladder, and the reasons of those left out; leaves the rest in ``sizes``."""
     kind = lot.lot_class.kind
-    remaining = lot.num_units
     held: dict[str, int] = {}
     awards: list[Award] = []
     losers: dict[Digest, RejectReason] = {}
     for entry in ladder:
         bid = entry.bid
         busy = held.get(bid.node, in_flight.get((bid.node, kind), 0))
-        room = (bid.capacity - busy) // units_per_task * units_per_task
-        if room <= 0:
+        if not sizes:
+            full = bid.capacity <= busy
+            losers[entry.sha256] = RejectReason.NO_CAPACITY if full else RejectReason.OUTBID
+            continue
+        units = _take_fitting(sizes, bid.capacity - busy)
+        if not units:
             losers[entry.sha256] = RejectReason.NO_CAPACITY
             continue
-        if remaining == 0:
-            losers[entry.sha256] = RejectReason.OUTBID
-            continue
-        units = min(room, remaining)
-        remaining -= units
         held[bid.node] = busy + units
         awards.append(
             Award(
@@ -165,20 +169,17 @@ def _fill(
                 unit_price_micros=bid.price_micros,
             )
         )
-    return tuple(awards), losers, remaining
+    return tuple(awards), losers
 
 
-def split_award(award: Award, max_units: int) -> tuple[Award, ...]:
-    """The award in parts of ``max_units`` each, the last perhaps smaller: one part per lease.
-
-    Raises:
-        InvalidRequest: ``max_units`` is below one.
-    """
-    if max_units < 1:
-        raise InvalidRequest(
-            f"A lease holds at least one unit; max_units is {max_units}.", code="bad_split"
-        )
-    return tuple(
-        award.model_copy(update={"num_units": min(max_units, award.num_units - start)})
-        for start in range(0, award.num_units, max_units)
-    )
+def _take_fitting(sizes: list[int], room: int) -> int:
+    """Removes, in order, each task that fits what is left of ``room``; the units removed."""
+    left = room
+    kept = []
+    for size in sizes:
+        if size <= left:
+            left -= size
+        else:
+            kept.append(size)
+    sizes[:] = kept
+    return room - left

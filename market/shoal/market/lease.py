@@ -3,8 +3,9 @@
 ::
 
     OFFERED ──start──▶ RUNNING ──submit──▶ SUBMITTED ──judge──▶ ACCEPTED | REJECTED
-       │                  │
-       └──────────────────┴─▶ EXPIRED (clock named) | REFUSED | REVOKED
+       │                  │            │
+       │                  │            └─outrun─▶ REVOKED
+       └──────────────────┴─▶ EXPIRED (clock named) | REFUSED | FAILED (cause) | REVOKED
 
 Each function returns a new record or raises; none reads a clock.  Whoever stores records
 replaces the old one only if it is still the one the function was given.
@@ -20,6 +21,7 @@ from pydantic import Field
 from shoal.protocol.errors import Clock, Expired, InvalidRequest, PeerFault
 from shoal.protocol.ids import Sha256
 from shoal.protocol.market import Lease
+from shoal.protocol.node import FailureCause
 from shoal.protocol.record import Record
 
 MISSED_HEARTBEATS = 3
@@ -28,7 +30,7 @@ DEADLINE_FACTOR = 3
 
 
 class LeaseState(StrEnum):
-    """Where a lease is; the last five are final."""
+    """Where a lease is; the last six are final."""
 
     OFFERED = "offered"
     RUNNING = "running"
@@ -37,6 +39,7 @@ class LeaseState(StrEnum):
     REJECTED = "rejected"
     EXPIRED = "expired"
     REFUSED = "refused"
+    FAILED = "failed"
     REVOKED = "revoked"
 
     @property
@@ -58,7 +61,7 @@ class LeaseRecord(Record):
 
     ``heard_at_ms`` is the last sign of life, ``progress_at_ms`` the last *rise* of
     ``progress``.  ``result_sha256`` is present from SUBMITTED on; ``clock`` only when
-    EXPIRED; ``reason`` once the lease failed.
+    EXPIRED; ``cause`` only when FAILED; ``reason`` once the lease ended without pay.
     """
 
     lease: Lease
@@ -69,6 +72,7 @@ class LeaseRecord(Record):
     progress_window_ms: int = Field(default=DEFAULT_PROGRESS_WINDOW_MS, ge=1)
     result_sha256: Sha256 | None = None
     clock: Clock | None = None
+    cause: FailureCause | None = None
     reason: str | None = None
     ended_at_ms: int | None = None
 
@@ -207,6 +211,44 @@ def refuse(
         return record
     _require_open(record)
     return _ended(record, LeaseState.REFUSED, reason, now_ms)
+
+
+def fail(
+    record: LeaseRecord,
+    *,
+    node: str,
+    lease_epoch: int,
+    cause: FailureCause,
+    reason: str,
+    now_ms: int,
+) -> LeaseRecord:
+    """The holder began the work and gives it back; saying so again changes nothing.
+
+    Raises:
+        Expired: the lease expired or was given on.
+        PeerFault: another node than the holder speaks.
+        InvalidRequest: there is a result already, or the lease was refused or revoked.
+    """
+    _require_holder(record, node, lease_epoch)
+    if record.state is LeaseState.FAILED:
+        return record
+    _require_open(record)
+    ended = _ended(record, LeaseState.FAILED, reason, now_ms)
+    return ended.model_copy(update={"cause": cause})
+
+
+def outrun(record: LeaseRecord, *, now_ms: int) -> LeaseRecord:
+    """Another worker's result for the same units was accepted: nobody is to blame.
+
+    Unlike `revoke` it also ends a lease whose own result waits for its verdict.
+
+    Raises:
+        InvalidRequest: the lease is over.
+    """
+    if record.state.is_final:
+        raise _not_open(record)
+    reason = "another worker's result for the same units was accepted first"
+    return _ended(record, LeaseState.REVOKED, reason, now_ms)
 
 
 def revoke(record: LeaseRecord, *, reason: str, now_ms: int) -> LeaseRecord:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,13 @@ def load_model(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unloadable(folder, error) from error
     return model.eval()
+
+
+def share_weights(model: Any) -> Any:
+    """A second model over the same parameters and buffers; what is added to it is its own."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    # To `deepcopy` what is in its memo is copied already: only the modules are.
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -39,6 +39,28 @@ class Prefill:
             logits_pv=self.logits_pv[row_to_prompt],
         )
 
+    def join(self, other: Prefill) -> Prefill:
+        """These rows, then those of ``other``.  The cache is changed in place."""
+        width = max(self.mask_pt.shape[1], other.mask_pt.shape[1])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                parts = (_left_padded(getattr(layer, name), width, 2) for layer in (mine, theirs))
+                setattr(mine, name, torch.cat(list(parts)))
+        masks = [_left_padded(state.mask_pt, width, 1) for state in (self, other)]
+        return Prefill(
+            cache=self.cache,
+            mask_pt=torch.cat(masks),
+            lengths_p=torch.cat([self.lengths_p, other.lengths_p]),
+            logits_pv=torch.cat([self.logits_pv, other.logits_pv]),
+        )
+
+
+def _left_padded(values: torch.Tensor, width: int, axis: int) -> torch.Tensor:
+    """``values`` with zeros before its first entry along ``axis``, ``width`` long there."""
+    missing = list(values.shape)
+    missing[axis] = width - values.shape[axis]
+    return torch.cat([values.new_zeros(missing), values], dim=axis)
+
 
 def distinct_prompts(prompts: Sequence[Tokens]) -> tuple[list[tuple[int, ...]], list[int]]:
     """The distinct prompts in order of first use, and for each row which one is its own."""

@@ -1,10 +1,16 @@
-"""A policy: a frozen base model and a LoRA adapter, the only weights that change or travel."""
+"""A policy: a base model and the weights that change and travel.
+
+With a LoRA spec these are an adapter's, and the base stays frozen; without one they are all
+weights of the base, each once, whatever modules share it.  "Adapter" in a name below means
+the weights that travel, whichever they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +20,11 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from shoal.models.base import is_hub_id, load_model, load_tokenizer
-from shoal.models.engine import TransformersEngine
+from shoal.models.base import is_hub_id, load_model, load_tokenizer, share_weights
+from shoal.models.engine import LoopEngine, SamplingEngine
 from shoal.models.forward import Tokens, completion_logits_btv
+from shoal.models.llama import LlamaForward
+from shoal.models.scoring import completion_logprobs_bt
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, PeerFault
 from shoal.protocol.ids import Digest
@@ -30,60 +38,75 @@ _WIRE_INFIX = ".default"
 
 
 class Policy:
-    """A base with one adapter, ready to sample from and to differentiate."""
+    """A base with one adapter, ready to sample from and to differentiate.
 
-    def __init__(self, model: Any, tokenizer: Any, lora: LoraSpec, device: torch.device) -> None:
+    Args:
+        model: The model, with PEFT's modules in it if there is a LoRA spec.
+        tokenizer: The base's tokenizer.
+        lora: The adapter's shape; None trains every weight.
+        device: Where the model lies.
+        folder: The base's files, which the reference of full fine-tuning is read from.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        lora: LoraSpec | None,
+        device: torch.device,
+        folder: Path | None = None,
+    ) -> None:
+        self._folder = folder
+        self._untrained: Any = None
         self.model = model
         self.tokenizer = tokenizer
         self.lora = lora
         self.device = device
         self.eos_ids = _eos_ids(model, tokenizer)
         self.vocab_size = int(model.config.vocab_size)
-        self.engine = TransformersEngine(model, self.eos_ids, device)
+        self._forward = LlamaForward.of(model)
+        self.engine: SamplingEngine = LoopEngine(model, self._forward, self.eos_ids, device)
         self._parameters = {
-            _wire_name(name): parameter
+            (name if lora is None else _wire_name(name)): parameter
             for name, parameter in sorted(model.named_parameters())
             if parameter.requires_grad
         }
 
     @classmethod
-    def load(cls, folder: Path, lora: LoraSpec | None, *, seed: int, device: str = "cpu") -> Policy:
+    def load(
+        cls,
+        folder: Path,
+        lora: LoraSpec | None,
+        *,
+        seed: int,
+        device: str = "cpu",
+        base: Any = None,
+    ) -> Policy:
         """The base in ``folder`` with version 0 of a job's adapter, which changes nothing yet.
+
+        Without ``lora`` every weight of the base is trainable, in fp32; version 0 is the base.
+        With one the weights of ``base``, the folder's model loaded before, are used and not
+        copied, so that any number of policies share them; absent, they are loaded.
 
         Raises:
             InvalidRequest: the folder does not load, or has no module the spec targets.
         """
-        from peft import LoraConfig, get_peft_model
-
+        tokenizer = load_tokenizer(folder)
         if lora is None:
-            raise InvalidRequest("Full fine-tuning is not available here; give the job a lora.")
-        base = load_model(folder)
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            target_modules=_target_modules(lora),
-            lora_dropout=0.0,
-            bias="none",
-            task_type="CAUSAL_LM",
-            inference_mode=False,
-        )
-        try:
-            with warnings.catch_warnings():
-                # PEFT reads a name transformers is about to retire; nothing of ours can mend it.
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-                model = get_peft_model(base, config, autocast_adapter_dtype=False)
-        except ValueError as error:
-            raise InvalidRequest(
-                f"lora.target_modules {lora.target_modules!r} does not fit the model: "
-                f"{str(error).splitlines()[0][:200]}",
-                code="bad_lora",
-            ) from error
-        policy = cls(model.to(device).eval(), load_tokenizer(folder), lora, torch.device(device))
+            base = load_model(folder)
+            return cls(
+                base.requires_grad_(True).to(device), tokenizer, None, torch.device(device), folder
+            )
+        base = load_model(folder) if base is None else share_weights(base)
+        policy = cls(_with_lora(base, lora).to(device), tokenizer, lora, torch.device(device))
         policy._initialise(seed)
         return policy
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's parameters by the names PEFT gives them in files, in order of name."""
+        """The parameters that change, by their names in files, in order of name.
+
+        A weight that several modules share stands once, under the first of its names.
+        """
         return dict(self._parameters)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
@@ -94,7 +117,7 @@ class Policy:
         }
 
     def adapter_bytes(self) -> bytes:
-        """The adapter as a stock PEFT safetensors file; equal weights give equal bytes."""
+        """The adapter as a stock safetensors file; equal weights give equal bytes."""
         return safetensors.numpy.save(self.arrays(), metadata={"format": "pt"})
 
     def adapter_sha256(self) -> Digest:
@@ -144,11 +167,46 @@ class Policy:
         """Teacher-forced fp32 logits of each completion position (see `shoal.models.forward`)."""
         return completion_logits_btv(self.model, prompts, completions, self.device)
 
-    def save_peft_folder(
-        self, directory: Path, base_name: str, base_sha256: str, card: str
-    ) -> None:
-        """``directory`` holds a stock PEFT adapter: configuration, weights, tokenizer, card."""
+    def logprobs_bt(
+        self, prompts: Sequence[Tokens], completions: Sequence[Tokens], temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, differentiable, and entropies (see `shoal.models.scoring`)."""
+        forward = None if self.model is self._untrained else self._forward
+        return completion_logprobs_bt(
+            self.model, forward, prompts, completions, temperature, self.device
+        )
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """While it lasts the policy is the untrained base, for KL terms; not to be trained."""
+        if self.lora is not None:
+            with self.model.disable_adapter():
+                yield
+            return
+        if self._untrained is None:
+            if self._folder is None:
+                raise InvariantBroken("A fully trained policy has no folder to read its base from.")
+            self._untrained = load_model(self._folder).requires_grad_(False).to(self.device)
+        trained, self.model = self.model, self._untrained
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def save_folder(self, directory: Path, base_name: str, base_sha256: str, card: str) -> None:
+        """``directory`` holds the release: a stock PEFT adapter, or else a whole model.
+
+        Configuration, weights, tokenizer and card, as ``peft`` or ``transformers`` load them.
+        """
         directory.mkdir(parents=True, exist_ok=True)
+        if self.lora is None:
+            self.model.save_pretrained(directory)
+        else:
+            self._save_adapter(directory, base_name, base_sha256)
+        self.tokenizer.save_pretrained(directory)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def _save_adapter(self, directory: Path, base_name: str, base_sha256: str) -> None:
         config = dict(self.model.peft_config["default"].to_dict())
         config["target_modules"] = sorted(config["target_modules"])
         config["base_model_name_or_path"] = base_name
@@ -159,8 +217,6 @@ class Policy:
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
         (directory / ADAPTER_FILE).write_bytes(self.adapter_bytes())
-        self.tokenizer.save_pretrained(directory)
-        (directory / "README.md").write_text(card, encoding="utf-8")
 
     def _initialise(self, seed: int) -> None:
         """Kaiming-uniform ``A`` from the seed and zero ``B``, equal on every machine.
@@ -178,6 +234,37 @@ class Policy:
                     parameter.zero_()
                 else:
                     raise InvariantBroken(f"{name} is trainable but no LoRA matrix.")
+
+
+def _with_lora(base: Any, lora: LoraSpec) -> Any:
+    """``base`` with PEFT's modules in it.
+
+    Raises:
+        InvalidRequest: it has no module the spec targets.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=_target_modules(lora),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=False,
+    )
+    try:
+        with warnings.catch_warnings():
+            # PEFT reads a name transformers is about to retire; nothing of ours can mend it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"lora.target_modules {lora.target_modules!r} does not fit the model: "
+            f"{str(error).splitlines()[0][:200]}",
+            code="bad_lora",
+        ) from error
+    return model.eval()
 
 
 def decode_arrays(

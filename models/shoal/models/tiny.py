@@ -19,7 +19,7 @@ EOS_TOKEN = "<eos>"
 UNKNOWN_TOKEN = "<unk>"
 CHARACTERS = string.digits + "+-=*/()., ?:" + string.ascii_letters
 MAX_POSITIONS = 256
-_WORD = r"[A-Za-z]{2,}[: ]*|."
+_WORD = re.compile(r"[A-Za-z]{2,}[: ]*")
 
 LM_HEAD_GAIN = 6.0
 """The head's initial scale relative to the default.
@@ -29,18 +29,20 @@ for the adapter to sharpen the softmax, and sampled accuracy stalls.
 """
 
 
-def build_tokenizer(words: Sequence[str] = ()) -> Any:
-    """A word-level tokenizer of single characters, and of ``words`` found by `split_words`.
+def build_tokenizer(pieces: Sequence[str] = ()) -> Any:
+    """A word-level tokenizer of single characters, and of ``pieces`` wherever they stand.
 
-    Words make a long fixed instruction a few tokens; digits and signs stay single.
+    Pieces make a long fixed instruction a few tokens, the longest that fits first; digits and
+    signs stay single.
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokens = [PAD_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *CHARACTERS, *words]
+    tokens = dict.fromkeys([PAD_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN, *CHARACTERS, *pieces])
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
-    pieces = Regex(_WORD) if words else ""
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
+    longest_first = sorted(pieces, key=lambda piece: (-len(piece), piece))
+    choices = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(choices) if pieces else "", "isolated")
     tokenizer.decoder = decoders.Fuse()
     build: Any = PreTrainedTokenizerFast
     return build(
@@ -54,8 +56,8 @@ def build_tokenizer(words: Sequence[str] = ()) -> Any:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of ``text`` as the tokenizer cuts them: two letters or more, with what follows."""
-    return [match.group() for match in re.finditer(_WORD, text) if len(match.group()) > 1]
+    """The words of ``text``: two letters or more, with the blanks and colons that follow."""
+    return _WORD.findall(text)
 
 
 def build_model(seed: int, vocab_size: int) -> Any:

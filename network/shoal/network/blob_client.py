@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -42,9 +42,10 @@ _TRANSPORT_ERRORS: Final = (aiohttp.ClientError, ConnectionError, TimeoutError)
 
 @dataclass
 class _Source:
-    """One holder and what became of asking it."""
+    """One holder and what became of asking it; ``on_bytes`` hears how many more came."""
 
     url: str
+    on_bytes: Callable[[int], None]
     failures: int = 0
     fault: str = ""
 
@@ -115,7 +116,14 @@ class BlobClient:
         if session is not None:
             await session.close()
 
-    async def fetch(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> Path:
+    async def fetch(
+        self,
+        ref: BlobRef,
+        sources: Sequence[str],
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    ) -> Path:
         """The blob is in the store, verified; its path there.
 
         Args:
@@ -124,6 +132,7 @@ class BlobClient:
                 first, and all at once when the blob has several chunks.
             timeout_s: The whole transfer's deadline.  What was verified before a failure is
                 kept, and a later call goes on from there.
+            on_bytes: Told how many more bytes have come, as they come.
 
         Raises:
             Unavailable: No holder gave the right bytes; names what was wrong with each.
@@ -134,7 +143,7 @@ class BlobClient:
             return self._store.path(ref.sha256)
         if not sources:
             raise InvalidRequest(f"Blob {ref.sha256} has no source to be fetched from.")
-        holders = [_Source(url.rstrip("/")) for url in dict.fromkeys(sources)]
+        holders = [_Source(url.rstrip("/"), on_bytes) for url in dict.fromkeys(sources)]
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 # Two who want the same blob share one transfer.
@@ -235,6 +244,7 @@ class BlobClient:
                     if draft.size_bytes + len(part) > ref.size_bytes:
                         raise _oversize(ref.size_bytes)
                     draft.write(part)
+                    holder.on_bytes(len(part))
                     if draft.size_bytes == ref.size_bytes:
                         break
             # Too few bytes need no check of their own: they cannot hash to the digest.
@@ -290,6 +300,7 @@ class BlobClient:
                     return
                 data = await self._get_range(partial, index, holder)
                 await asyncio.to_thread(partial.write, index, data)
+                holder.on_bytes(len(data))
                 fetched = True
             except PeerFault as error:
                 # Wrong bytes are never bad luck: this holder is not asked again.

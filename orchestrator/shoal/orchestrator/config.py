@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.record import first_fault
 
 ENVIRONMENT_PREFIX = "SHOAL_ORCHESTRATOR_"
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
+_MAX_WEIGHT = 1_000_000
 
 
 class OrchestratorConfig(BaseModel):
@@ -23,6 +26,11 @@ class OrchestratorConfig(BaseModel):
     ``postgresql+psycopg://…``.  Bases are kept in ``models_dir``, or inside ``data_dir``.
     Ports of 0 take a free one.  ``allow_local_models`` lets a
     job name a path on this machine: safe only where requester and operator are the same.
+
+    ``job_weights`` names requesters whose jobs get more (or less) of the workers than others,
+    whose weight is 1.  A lease may last ``first_lease_ms`` while nobody knows how long its
+    units take.  One that lasts three times longer than usual and ``straggler_slack_ms`` more
+    is given to a second worker too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +41,7 @@ class OrchestratorConfig(BaseModel):
     key_file: Path
     database_url: str = ""
     p2p_listen: str = "/ip4/127.0.0.1/tcp/0"
+    max_connections: int = Field(default=1024, ge=1, le=65535)
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8700, ge=0, le=65535)
     blob_host: str = "127.0.0.1"
@@ -44,11 +53,27 @@ class OrchestratorConfig(BaseModel):
     min_stake_micros: int = Field(default=1_000_000, ge=0)
     heartbeat_ms: int = Field(default=1_000, ge=10)
     epoch_ms: int = Field(default=5_000, ge=100)
-    max_units_per_lease: int = Field(default=128, ge=1)
     start_timeout_ms: int = Field(default=10_000, ge=100)
+    first_lease_ms: int = Field(default=600_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
     lease_ceiling_ms: int = Field(default=3_600_000, ge=100)
+    straggler_slack_ms: int = Field(default=5_000, ge=0)
     max_attempts: int = Field(default=8, ge=1)
+    job_weights: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("job_weights")
+    @classmethod
+    def _weights_are_usable(cls, weights: dict[str, float]) -> dict[str, float]:
+        for address, weight in weights.items():
+            if not _ADDRESS.fullmatch(address):
+                raise ValueError(f"{address!r} is not an account address of 0x and 40 hex digits")
+            if not 0 < weight <= _MAX_WEIGHT:
+                raise ValueError(f"the weight of {address} must be above 0, at most {_MAX_WEIGHT}")
+        return {address.lower(): weight for address, weight in weights.items()}
+
+    def weight_of(self, requester: str) -> float:
+        """The share of the workers that ``requester``'s jobs have together; usually 1."""
+        return self.job_weights.get(requester.lower(), 1.0)
 
     def resolved_models_dir(self) -> Path:
         """Where bases are kept, with the default written out."""

@@ -7,137 +7,157 @@ change down, and returns the units of a failed lease to their workload.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import itertools
 import logging
 import secrets
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from sqlalchemy import update
-from sqlalchemy.orm import Session
 
 from shoal.market import lease as leases
 from shoal.market.lease import LeaseRecord, LeaseState
+from shoal.market.pace import Pace, straggles
 from shoal.market.reauction import FAILURES_BEFORE_RAISE, raise_reserve_up
 from shoal.orchestrator.context import Context
-from shoal.orchestrator.roster import Member, Roster
+from shoal.orchestrator.handin import require_payload, require_receipt
+from shoal.orchestrator.leases import (
+    LeaseTable,
+    LiveLease,
+    Submission,
+    lease_row,
+    printable,
+    store_record,
+)
+from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import LeaseRow
-from shoal.orchestrator.workload import Workload
+from shoal.orchestrator.terms import Times, make_lease
+from shoal.orchestrator.workload import Parcel, Workload
 from shoal.protocol.errors import (
     InvalidRequest,
     InvariantBroken,
     NotFound,
-    PeerFault,
     ShoalError,
     Unauthorised,
     Unavailable,
 )
 from shoal.protocol.ids import LeaseId, PeerId, new_id
-from shoal.protocol.market import Award, Lease, TaskKind
+from shoal.protocol.market import Award, TaskKind
 from shoal.protocol.node import (
     LEASE_PROTOCOL,
+    FailureCause,
+    FailureReply,
     Heartbeat,
+    LeaseFailure,
     LeaseOffer,
     LeaseReply,
     ResultMessage,
     ResultReply,
 )
-from shoal.protocol.signing import Signed, sign
-from shoal.protocol.task import Task
+from shoal.protocol.signing import sign
 
 _log = logging.getLogger(__name__)
 
 _OFFER_TIMEOUT_S = 10.0
-_MAX_REMEMBERED = 10_000
-
-
-@dataclass(kw_only=True)
-class LiveLease:
-    """A lease that has not ended, with what is needed to judge or re-lease it.
-
-    ``upload_sha256`` is the one payload its token may store, absent before the first upload.
-    """
-
-    record: LeaseRecord
-    signed: Signed[Lease]
-    task: Task
-    units: tuple[int, ...]
-    workload: Workload
-    upload_token: str
-    max_result_bytes: int
-    upload_sha256: str | None = None
-
-    @property
-    def lease(self) -> Lease:
-        """The lease as signed."""
-        return self.record.lease
-
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Submission:
-    """A result that arrived in time, waiting for its verdict.
-
-    What the learner waits for is judged first, then what came first.
-    """
-
-    order: tuple[int, ...]
-    live: LiveLease = field(compare=False)
-    message: ResultMessage = field(compare=False)
-    member: Member = field(compare=False)
+_UNKNOWN_UNIT_MS = 1_000
+"""What a unit is taken to cost while none of its job and kind has been accepted."""
+_STALL_SHARE = 3
+"""A lease may be given to another node too after a third of its progress window at a stop."""
 
 
 class Dispatcher:
     """Grants awards as leases and follows each to its end."""
 
-    def __init__(self, context: Context, roster: Roster, settler: Settler) -> None:
+    def __init__(
+        self, context: Context, roster: Roster, settler: Settler, setbacks: Setbacks
+    ) -> None:
         self._context = context
         self._roster = roster
         self._settler = settler
-        self._live: dict[LeaseId, LiveLease] = {}
-        self._ended: OrderedDict[str, LeaseRecord] = OrderedDict()
+        self._setbacks = setbacks
+        self._table = LeaseTable()
+        self.pace = Pace()
         self._offers: set[asyncio.Task[None]] = set()
         self._fewer = asyncio.Event()
         self.submissions: asyncio.PriorityQueue[Submission] = asyncio.PriorityQueue()
         self._arrivals = itertools.count()
-        self.on_capacity: Callable[[], None] = lambda: None
-        """Called when units may be auctioned again."""
-        self.on_failure: Callable[[str], None] = lambda node: None
-        """Called with a node that refused a lease it bid for, or let one run out."""
+        self.on_capacity: Callable[[str], None] = lambda node: None
+        """Called with a node that may take more units, whose lease may have left some waiting."""
+        self.on_served: Callable[[LiveLease, int], None] = lambda live, spent_ms: None
+        """Called with an accepted lease and the worker time it took."""
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind; a submitted result no longer counts."""
-        held: Counter[tuple[str, TaskKind]] = Counter()
-        for live in self._live.values():
-            if live.record.state.is_open:
-                held[live.lease.node, live.lease.kind] += live.lease.num_units
-        return held
+        return self._table.in_flight
+
+    def num_open(self, node: str) -> int:
+        """How many leases the node holds without a result yet."""
+        return self._table.num_open(node)
 
     def live_leases(self, job_id: str) -> list[LiveLease]:
         """The job's leases that have not ended."""
-        return [live for live in self._live.values() if live.lease.job_id == job_id]
+        return self._table.of_job(job_id)
 
-    async def grant(self, workload: Workload, award: Award) -> None:
-        """Offers one lease for the award's units; whatever fails, none of them is lost.
+    async def grant(self, workload: Workload, award: Award) -> LiveLease | None:
+        """Offers one lease for a parcel within the award; whatever fails, it is not lost.
+
+        Returns:
+            The lease; None when no waiting parcel is as small as the award.
 
         Raises:
             OverBudget: the job's free money does not cover it.
             Unavailable: the task's bytes or the lease could not be stored.
         """
-        lease_id = LeaseId(new_id("lease"))
+        parcel = workload.next_parcel(award.num_units)
+        if parcel is None:
+            return None
         ledger = self._settler.ledger(workload.lot.job_id)
-        ledger.hold(lease_id, award.num_units * award.unit_price_micros)
-        units = workload.take(award.num_units)
+        lease_id = LeaseId(new_id("lease"))
+        ledger.hold(lease_id, len(parcel) * award.unit_price_micros)
+        workload.take(parcel)
         try:
-            live = await self._issue(lease_id, workload, award, units)
+            live = await self._issue(lease_id, workload, award, parcel)
         except BaseException:
-            if self._live.pop(lease_id, None) is not None:
-                self._wake_drained()
+            self._drop(lease_id)
             ledger.release(lease_id)
-            workload.give_back(units, failed=False)
+            workload.give_back(parcel, failed=False)
             raise
+        self._send_offer(live)
+        return live
+
+    async def grant_again(self, slow: LiveLease, award: Award) -> LiveLease:
+        """Offers the parcel of ``slow`` to another node too; the first valid result wins.
+
+        Raises:
+            OverBudget: the job's free money does not cover it.
+            Unavailable: the task's bytes or the lease could not be stored.
+        """
+        workload, parcel = slow.workload, slow.units
+        ledger = self._settler.ledger(workload.lot.job_id)
+        lease_id = LeaseId(new_id("lease"))
+        ledger.hold(lease_id, len(parcel) * award.unit_price_micros)
+        # Its lease epoch is above that of the slow lease, which stays valid beside it.
+        workload.attempts.update(parcel)
+        try:
+            live = await self._issue(lease_id, workload, award, parcel, rival=slow)
+        except BaseException:
+            self._drop(lease_id)
+            ledger.release(lease_id)
+            workload.attempts.subtract(parcel)
+            raise
+        self._send_offer(live)
+        return live
+
+    def _drop(self, lease_id: LeaseId) -> None:
+        """A lease that could not be written down was never given."""
+        live = self._table.find(lease_id)
+        if live is not None:
+            self._part(live)
+            self._table.remove(live)
+            self._wake_drained()
+
+    def _send_offer(self, live: LiveLease) -> None:
         # A clock or the end of the job may have taken it back while it was written down.
         if live.record.state is LeaseState.OFFERED:
             offer = asyncio.create_task(self._offer(live))
@@ -145,12 +165,27 @@ class Dispatcher:
             offer.add_done_callback(self._offers.discard)
 
     async def _issue(
-        self, lease_id: LeaseId, workload: Workload, award: Award, units: tuple[int, ...]
+        self,
+        lease_id: LeaseId,
+        workload: Workload,
+        award: Award,
+        units: Parcel,
+        rival: LiveLease | None = None,
     ) -> LiveLease:
         task = await workload.build_task(units)
-        if workload.closed:
+        if workload.closed or (rival is not None and not self._may_rival(rival)):
             raise Unavailable(f"Lot {workload.lot.lot_id} is withdrawn.", code="lot_withdrawn")
-        lease = self._lease(lease_id, workload, award, task, units)
+        backlog_ms = sum(held.expected_ms for held in self._table.open_of(award.node))
+        lease = make_lease(
+            self._context.config,
+            self.pace,
+            award.model_copy(update={"num_units": len(units)}),
+            workload.lot,
+            task,
+            lease_id=lease_id,
+            attempt=max(workload.attempts[unit] for unit in units),
+            times=Times(now_ms=self._context.time.now_ms(), backlog_ms=backlog_ms),
+        )
         live = LiveLease(
             record=leases.offer(lease),
             signed=sign(lease, self._context.domain, self._context.account),
@@ -159,49 +194,27 @@ class Dispatcher:
             workload=workload,
             upload_token=secrets.token_hex(16),
             max_result_bytes=workload.max_result_bytes(len(units)),
+            expected_ms=self._expected_unit_ms(workload) * len(units),
+            backlog_ms=backlog_ms,
+            rival=rival,
         )
-        self._live[lease_id] = live
+        if rival is not None:
+            rival.rival = live
+        self._table.add(live)
         try:
-            await self._context.database.run(lambda session: session.add(_row(live)))
+            await self._context.database.run(lambda session: session.add(lease_row(live)))
         except Unavailable:
             # Ended meanwhile: its units are waiting again already.
             if live.record.state is LeaseState.OFFERED:
                 raise
         return live
 
-    def _lease(
-        self,
-        lease_id: LeaseId,
-        workload: Workload,
-        award: Award,
-        task: Task,
-        units: tuple[int, ...],
-    ) -> Lease:
-        config = self._context.config
-        now_ms = self._context.time.now_ms()
-        member = self._roster.find(award.node)
-        samples = list(member.recent_unit_ms.get(workload.kind.value, ())) if member else []
-        p90_ms = leases.p90_up(samples) if samples else 0
-        allowed_ms = leases.deadline_after_ms(p90_ms, len(units), config.lease_floor_ms)
-        # A slow provider must not be able to stretch its own deadlines for ever.
-        allowed_ms = min(allowed_ms, config.lease_ceiling_ms)
-        return Lease(
-            lease_id=lease_id,
-            lease_epoch=max(workload.attempts[unit] for unit in units),
-            lot_id=workload.lot.lot_id,
-            job_id=workload.lot.job_id,
-            task_id=task.task_id,
-            task_sha256=task.digest(),
-            kind=workload.kind,
-            account=award.account,
-            node=award.node,
-            num_units=len(units),
-            unit_price_micros=award.unit_price_micros,
-            issued_at_ms=now_ms,
-            start_by_ms=now_ms + config.start_timeout_ms,
-            deadline_ms=now_ms + allowed_ms,
-            heartbeat_ms=config.heartbeat_ms,
-        )
+    def _may_rival(self, slow: LiveLease) -> bool:
+        return slow.rival is None and slow.record.state.is_open
+
+    def _expected_unit_ms(self, workload: Workload) -> int:
+        median = self.pace.median_unit_ms(workload.lot.job_id, workload.kind)
+        return _UNKNOWN_UNIT_MS if median is None else median
 
     async def _offer(self, live: LiveLease) -> None:
         offer = LeaseOffer(
@@ -219,7 +232,7 @@ class Dispatcher:
             if reply.refusal is not None:
                 await self._refused(live, reply.refusal)
                 return
-            self._change(
+            self._table.change(
                 live,
                 leases.start(
                     live.record,
@@ -243,20 +256,17 @@ class Dispatcher:
             reason=printable(reason)[:500],
             now_ms=self._context.time.now_ms(),
         )
-        self.on_failure(live.lease.node)
+        self._setbacks.strike(live.lease.node)
         await self.end(live, record, failed=False)
-
-    def _change(self, live: LiveLease, record: LeaseRecord) -> None:
-        live.record = record
 
     async def end(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         """The lease is over without a paid result: money freed, units wait again."""
         # All in one step, before anything is awaited: nobody sees half an ending.
-        self._change(live, record)
+        self._table.change(live, record)
         self._forget(live)
         self._settler.ledger(live.lease.job_id).release(live.lease.lease_id)
         self._take_back(live, record, failed=failed)
-        self.on_capacity()
+        self.on_capacity(live.lease.node)
         _log.info(
             "lease_ended",
             extra={
@@ -268,18 +278,26 @@ class Dispatcher:
             },
         )
         try:
-            await self._context.database.run(lambda session: _store(session, record))
+            await self._context.database.run(lambda session: store_record(session, record))
+            if record.state in (LeaseState.FAILED, LeaseState.EXPIRED):
+                await self._setbacks.tell(live, record)
         except Unavailable as error:
             # Only the picture suffers: at the next start the row is swept with the others.
             _log.warning("lease_end_not_stored", extra={"reason": error.message})
 
     def _take_back(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         workload = live.workload
-        workload.give_back(live.units, failed=failed)
+        impossible = self._setbacks.weigh(live, record) if failed else None
+        if not self._part(live):
+            workload.give_back(live.units, failed=failed)
         if failed and workload.failures >= FAILURES_BEFORE_RAISE:
             reserve = raise_reserve_up(workload.lot.reserve_micros, workload.max_reserve_micros)
             workload.lot = workload.lot.model_copy(update={"reserve_micros": reserve})
-        if max(workload.attempts[unit] for unit in live.units) >= self._context.config.max_attempts:
+        if impossible is not None:
+            workload.abandon(impossible)
+        elif max(workload.attempts[unit] for unit in live.units) >= (
+            self._context.config.max_attempts
+        ):
             workload.abandon(
                 InvalidRequest(
                     f"Work of lot {workload.lot.lot_id} failed {self._context.config.max_attempts} "
@@ -289,6 +307,40 @@ class Dispatcher:
                 )
             )
 
+    def _part(self, live: LiveLease) -> bool:
+        """The lease has no rival any more; whether it had one that still works on its parcel."""
+        rival, live.rival = live.rival, None
+        if rival is None:
+            return False
+        rival.rival = None
+        return not rival.record.state.is_final
+
+    async def fail(self, peer: PeerId, failure: LeaseFailure) -> FailureReply:
+        """The holder gives its lease back; the units are anybody's at once.
+
+        Raises:
+            NotFound: no such lease is known.
+            Expired: the lease ended before (its clock is named).
+            PeerFault: another node than the holder speaks.
+            InvalidRequest: the lease has a result, or was refused or revoked.
+        """
+        live = self._table.find(failure.lease_id)
+        known = self._table.ended(failure.lease_id) if live is None else live.record
+        if known is None:
+            raise _no_lease(failure.lease_id)
+        record = leases.fail(
+            known,
+            node=peer,
+            lease_epoch=failure.lease_epoch,
+            cause=failure.cause,
+            reason=printable(f"{failure.cause.value}: {failure.detail}")[:500],
+            now_ms=self._context.time.now_ms(),
+        )
+        if live is not None and record is not known:
+            # A worker that leaves in good order has not failed at the work.
+            await self.end(live, record, failed=failure.cause is not FailureCause.STOPPING)
+        return FailureReply(lease_id=failure.lease_id)
+
     async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:
         """Passes if ``token`` belongs to a live lease whose result may be this large.
 
@@ -296,22 +348,19 @@ class Dispatcher:
             Unauthorised: no live lease has this token, or it was used for another payload.
             InvalidRequest: the result is larger than the lease allows.
         """
-        for live in self._live.values():
-            if hmac.compare_digest(live.upload_token, token):
-                if size_bytes > live.max_result_bytes:
-                    raise InvalidRequest(
-                        f"A result of {size_bytes} bytes is larger than the "
-                        f"{live.max_result_bytes} its lease allows.",
-                        code="oversize",
-                    )
-                # One result for one lease: else a token would fill the disk.
-                if live.upload_sha256 not in (None, digest):
-                    raise Unauthorised(
-                        "This upload token was used for another payload.", code="token_used"
-                    )
-                live.upload_sha256 = digest
-                return
-        raise Unauthorised("No live lease has this upload token.", code="bad_token")
+        live = self._table.by_token(token)
+        if live is None:
+            raise Unauthorised("No live lease has this upload token.", code="bad_token")
+        if size_bytes > live.max_result_bytes:
+            raise InvalidRequest(
+                f"A result of {size_bytes} bytes is larger than the "
+                f"{live.max_result_bytes} its lease allows.",
+                code="oversize",
+            )
+        # One result for one lease: else a token would fill the disk.
+        if live.upload_sha256 not in (None, digest):
+            raise Unauthorised("This upload token was used for another payload.", code="token_used")
+        live.upload_sha256 = digest
 
     async def submit(self, peer: PeerId, message: ResultMessage) -> ResultReply:
         """Takes a result under its lease; the same result again is acknowledged again.
@@ -323,13 +372,11 @@ class Dispatcher:
             InvalidRequest: the payload was never uploaded, or is larger than allowed.
         """
         result, member = message.result, self._roster.member(peer)
-        live = self._live.get(LeaseId(result.lease_id))
+        live = self._table.find(result.lease_id)
         digest = result.digest()
-        known = self._ended.get(result.lease_id) if live is None else live.record
+        known = self._table.ended(result.lease_id) if live is None else live.record
         if known is None:
-            raise NotFound(
-                f"Lease {result.lease_id} is over or unknown; drop the work.", code="no_lease"
-            )
+            raise _no_lease(result.lease_id)
         record = leases.submit(
             known,
             node=peer,
@@ -338,10 +385,10 @@ class Dispatcher:
             now_ms=self._context.time.now_ms(),
         )
         if live is not None and record is not known:
-            self._check_payload(live, message)
-            self._check_receipt(live, message, digest)
+            require_payload(self._context.blobs, live, message)
+            require_receipt(self._context.domain, live, message, digest)
             # Queued before it is stored: what is acknowledged later is always judged.
-            self._change(live, record)
+            self._table.change(live, record)
             self.submissions.put_nowait(
                 Submission(
                     order=(*live.workload.order(), next(self._arrivals)),
@@ -350,38 +397,9 @@ class Dispatcher:
                     member=member,
                 )
             )
-            self.on_capacity()
-            await self._context.database.run(lambda session: _store(session, record, message))
+            self.on_capacity(peer)
+            await self._context.database.run(lambda session: store_record(session, record, message))
         return ResultReply(lease_id=result.lease_id, result_sha256=digest)
-
-    def _check_payload(self, live: LiveLease, message: ResultMessage) -> None:
-        sha256, blobs = message.result.payload.sha256, self._context.blobs
-        if not blobs.has(sha256):
-            raise InvalidRequest(
-                f"The payload {sha256} of lease {live.lease.lease_id} was not uploaded; upload "
-                "it, then send the result.",
-                code="payload_missing",
-            )
-        # The store also holds whole models, which nobody may make us read as a result.
-        size_bytes = blobs.size_of(sha256)
-        if size_bytes > live.max_result_bytes:
-            raise InvalidRequest(
-                f"The payload of lease {live.lease.lease_id} has {size_bytes} bytes and "
-                f"{live.max_result_bytes} are allowed.",
-                code="oversize",
-            )
-
-    def _check_receipt(self, live: LiveLease, message: ResultMessage, digest: str) -> None:
-        message.receipt.require_signer(self._context.domain, live.lease.account)
-        receipt = message.receipt.record
-        said = (receipt.lease_id, receipt.lease_epoch, receipt.job_id, receipt.node)
-        due = (live.lease.lease_id, live.lease.lease_epoch, live.lease.job_id, live.lease.node)
-        if said != due or receipt.result_sha256 != digest:
-            raise PeerFault(
-                f"The receipt for lease {live.lease.lease_id} speaks of another lease or result.",
-                code="receipt_mismatch",
-                evidence=digest,
-            )
 
     def heartbeat(self, peer: PeerId, beat: Heartbeat) -> tuple[str, ...]:
         """Notes the node's progress; returns the leases it must drop."""
@@ -389,14 +407,14 @@ class Dispatcher:
         member.last_seen_ms = self._context.time.now_ms()
         revoked = []
         for progress in beat.leases:
-            live = self._live.get(LeaseId(progress.lease_id))
+            live = self._table.find(progress.lease_id)
             if live is None:
                 revoked.append(progress.lease_id)
                 continue
             if not live.record.state.is_open:
                 continue
             try:
-                self._change(
+                self._table.change(
                     live,
                     leases.heartbeat(
                         live.record,
@@ -416,12 +434,31 @@ class Dispatcher:
     async def reap(self) -> None:
         """Ends every lease whose clock has run out."""
         now_ms = self._context.time.now_ms()
-        for live in list(self._live.values()):
+        for live in self._table:
             record = leases.expire_if_due(live.record, now_ms=now_ms)
             if record is not live.record:
-                # Else a node that takes leases and stays silent would win the units again.
-                self.on_failure(live.lease.node)
                 await self.end(live, record, failed=True)
+
+    def stragglers(self) -> list[LiveLease]:
+        """Leases that hold up a lot of which nothing else waits, far behind their peers."""
+        now_ms = self._context.time.now_ms()
+        return [live for live in self._table if self._straggles(live, now_ms)]
+
+    def _straggles(self, live: LiveLease, now_ms: int) -> bool:
+        workload = live.workload
+        if workload.waiting or workload.closed or not self._may_rival(live):
+            return False
+        record = live.record
+        if (now_ms - record.progress_at_ms) * _STALL_SHARE > record.progress_window_ms:
+            return True
+        median = self.pace.median_unit_ms(live.lease.job_id, live.lease.kind)
+        if median is None:
+            return False
+        return straggles(
+            now_ms - live.lease.issued_at_ms,
+            median * len(live.units) + live.backlog_ms,
+            self._context.config.straggler_slack_ms,
+        )
 
     async def revoke_job(self, job_id: str, reason: str) -> None:
         """Takes back every open lease of the job."""
@@ -432,20 +469,31 @@ class Dispatcher:
                 )
                 await self.end(live, record, failed=False)
 
-    def conclude(self, live: LiveLease, record: LeaseRecord) -> None:
+    def conclude(self, live: LiveLease, record: LeaseRecord, *, unit_ms: int) -> None:
         """An accepted lease is over; the verifier has already written it down."""
         if record.state is not LeaseState.ACCEPTED:
             raise InvariantBroken(f"Lease {live.lease.lease_id} is concluded as {record.state}.")
-        self._change(live, record)
+        self._table.change(live, record)
         self._forget(live)
+        self.pace.note(live.lease.job_id, live.lease.kind, live.lease.node, unit_ms)
+        self._setbacks.pardon(live.lease.node)
+        self.on_served(live, unit_ms * len(live.units))
+
+    async def call_off_rival(self, live: LiveLease) -> None:
+        """Nobody works any more on the parcel that the accepted ``live`` delivered."""
+        rival = live.rival
+        if rival is not None and not rival.record.state.is_final:
+            record = leases.outrun(rival.record, now_ms=self._context.time.now_ms())
+            await self.end(rival, record, failed=False)
 
     def _forget(self, live: LiveLease) -> None:
         """The lease is live no more; its record stays known, to answer late messages."""
-        self._live.pop(LeaseId(live.lease.lease_id), None)
-        self._ended[live.lease.lease_id] = live.record
-        while len(self._ended) > _MAX_REMEMBERED:
-            self._ended.popitem(last=False)
+        self._table.remove(live)
         self._wake_drained()
+
+    def forget_job(self, job_id: str) -> None:
+        """The job is over: how long its units took is of no use any more."""
+        self.pace.forget(job_id)
 
     def _wake_drained(self) -> None:
         self._fewer.set()
@@ -480,39 +528,5 @@ class Dispatcher:
         await asyncio.gather(*self._offers, return_exceptions=True)
 
 
-def printable(text: str) -> str:
-    """``text`` without NUL, which Postgres cannot store: strangers write reasons too."""
-    return text.replace("\0", " ")
-
-
-def _row(live: LiveLease) -> LeaseRow:
-    lease = live.lease
-    return LeaseRow(
-        lease_id=lease.lease_id,
-        lease_epoch=lease.lease_epoch,
-        lot_id=lease.lot_id,
-        job_id=lease.job_id,
-        task_id=lease.task_id,
-        kind=lease.kind.value,
-        account=lease.account,
-        node=lease.node,
-        num_units=lease.num_units,
-        unit_price_micros=lease.unit_price_micros,
-        state=live.record.state.value,
-        record=live.signed.encode().decode(),
-        issued_ms=lease.issued_at_ms,
-    )
-
-
-def _store(session: Session, record: LeaseRecord, message: ResultMessage | None = None) -> None:
-    values: dict[str, object] = {
-        "state": record.state.value,
-        "reason": record.reason or "",
-        "ended_ms": record.ended_at_ms,
-    }
-    if message is not None:
-        values["result"] = message.result.encode().decode()
-        values["receipt"] = message.receipt.encode().decode()
-    session.execute(
-        update(LeaseRow).where(LeaseRow.lease_id == record.lease.lease_id).values(**values)
-    )
+def _no_lease(lease_id: str) -> NotFound:
+    return NotFound(f"Lease {lease_id} is over or unknown; drop the work.", code="no_lease")

@@ -12,6 +12,7 @@ from shoal.protocol.ids import LeaseId, PeerId
 from shoal.protocol.market import Bid
 from shoal.protocol.node import (
     BID_PROTOCOL,
+    FAILURE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     HELLO_PROTOCOL,
     JOIN_PROTOCOL,
@@ -21,6 +22,7 @@ from shoal.protocol.node import (
     HelloRequest,
     JoinReply,
     JoinRequest,
+    LeaseFailure,
     OpenJob,
     ResultMessage,
 )
@@ -32,7 +34,7 @@ _MAX_VERDICTS_PER_BEAT = 64
 
 
 class FrontDesk:
-    """Serves hello, join, bid, result and heartbeat."""
+    """Serves hello, join, bid, result, failure and heartbeat."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class FrontDesk:
         network.serve(JOIN_PROTOCOL, self._join, max_request_bytes=_MAX_SMALL_BYTES)
         network.serve(BID_PROTOCOL, self._bid, max_request_bytes=_MAX_SMALL_BYTES)
         network.serve(RESULT_PROTOCOL, self._result, max_request_bytes=_MAX_RESULT_MESSAGE_BYTES)
+        network.serve(FAILURE_PROTOCOL, self._failure, max_request_bytes=_MAX_SMALL_BYTES)
         network.serve(HEARTBEAT_PROTOCOL, self._heartbeat)
         network.on_peer_lost(self._lost)
 
@@ -68,6 +71,10 @@ class FrontDesk:
 
     async def _result(self, peer: PeerId, data: bytes) -> bytes:
         return (await self._dispatcher.submit(peer, ResultMessage.decode(data))).encode()
+
+    async def _failure(self, peer: PeerId, data: bytes) -> bytes:
+        self._roster.member(peer)
+        return (await self._dispatcher.fail(peer, LeaseFailure.decode(data))).encode()
 
     async def _heartbeat(self, peer: PeerId, data: bytes) -> bytes:
         beat = Heartbeat.decode(data)

@@ -186,19 +186,26 @@ def _waiting_for_funds(session: Session) -> list[JobRow]:
 
 
 def check_size(spec: JobSpec) -> None:
-    """Passes if one update's statement can name all its pieces, were each a lease of its own.
+    """Passes if one update's statement can name every piece of work it is made of.
 
     Raises:
-        InvalidRequest: a batch has too many groups.
+        InvalidRequest: a batch is cut into too many tasks.
     """
+    groups, sizes = spec.groups_per_batch, spec.tasks
+    # A group without spread may be drawn again, at worst in a task of its parcel's own.
+    rollouts = -(-groups // sizes.rollout) * (1 + spec.dynamic_sampling_rounds)
+    gradients = -(-groups // sizes.gradient)
     # Gradients may be half of the links of a statement.
-    most = MAX_LINKS // 2
-    if spec.groups_per_batch > most:
-        raise InvalidRequest(
-            f"A batch of {spec.groups_per_batch} groups is larger than the {most} allowed; lower "
-            "batch_size or raise rollouts_per_example.",
-            code="batch_too_large",
-        )
+    for tasks, most, key in (
+        (rollouts, MAX_LINKS, "rollout"),
+        (gradients, MAX_LINKS // 2, "gradient"),
+    ):
+        if tasks > most:
+            raise InvalidRequest(
+                f"A batch of {groups} groups may be cut into {tasks} {key} tasks and {most} are "
+                f"allowed; raise tasks.{key} or lower batch_size.",
+                code="batch_too_large",
+            )
 
 
 def check_budget(spec: JobSpec) -> None:

@@ -1,34 +1,30 @@
 """One job from its first rollout to its release.
 
-The loop of a job: issue rollouts as far ahead as the staleness bound allows, wait for the
-batch of the current version, have its gradient computed, update, publish the new version.
-Rollouts of the next batch run while the gradient of this one does.
-
-Admission counts what was *issued*: batch ``b`` may be issued under version ``v`` once
-``b ≤ v + max_staleness``, so no rollout is ever older than the bound when it is applied.
-
-Source: AReaL (arXiv 2505.24298) §5.1, staleness-aware admission.
+Rollouts, the spreading of weights, gradients, updates and evaluations all run at once; the
+loop below only holds their order.  Batch ``b`` is applied to version ``b`` and sampled under
+version ``max(0, b − max_staleness)``, from the moment that version exists.  Which version
+samples which prompt, and how a batch is cut into tasks, follows from the job alone, so the
+same job gives the same weights however many workers share it, whichever of them fail, and
+wherever it is interrupted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
-
 from shoal.orchestrator.auctioneer import Auctioneer
-from shoal.orchestrator.batches import Batch, Scored
+from shoal.orchestrator.batches import Batch, GradientSum
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.evaluations import Evaluations
+from shoal.orchestrator.health import JobHealth
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.planner import Planner
-from shoal.orchestrator.store.tables import JobRow, PolicyRow, StatementRow
-from shoal.orchestrator.workload import Delivery
+from shoal.orchestrator.recall import Recall
+from shoal.orchestrator.sampler import BatchSampler
+from shoal.orchestrator.versions import VersionRecords, Versions
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import InvariantBroken, ShoalError
 from shoal.protocol.node import POLICIES_TOPIC
@@ -40,36 +36,8 @@ from shoal.provenance.statement import (
     update_statement,
 )
 from shoal.rl.aggregation import UpdateStats
-from shoal.rl.batch import GradientPayload
-from shoal.rl.environments import Split
-from shoal.rl.gradient import make_groups
-from shoal.rl.verification import RolloutVerification
-
-
-class GradientSum:
-    """The gradient of one batch, slice by slice; ``complete`` is set when none is missing."""
-
-    def __init__(self, num_units: int) -> None:
-        self.complete = asyncio.Event()
-        self._missing = set(range(num_units))
-        self._slices: dict[int, Delivery] = {}
-        if not num_units:
-            self.complete.set()
-
-    async def take(self, delivery: Delivery) -> None:
-        """Keeps one accepted slice."""
-        self._slices[delivery.units[0]] = delivery
-        self._missing.difference_update(delivery.units)
-        if not self._missing:
-            self.complete.set()
-
-    def payloads(self) -> list[GradientPayload]:
-        """The slices in unit order, so that the sum does not depend on who answered first."""
-        return [_gradient_payload(self._slices[first]) for first in sorted(self._slices)]
-
-    def statements(self) -> tuple[str, ...]:
-        """The digests of the workers' statements, in the same order."""
-        return tuple(self._slices[first].statement_sha256 for first in sorted(self._slices))
+from shoal.rl.environments import Split, metric_names
+from shoal.rl.gradient import slice_groups
 
 
 class JobRun:
@@ -89,14 +57,24 @@ class JobRun:
         self.job_id = learner.job.job_id()
         self._halted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._planner = Planner(context, journal, learner, self.halt)
-        self.evaluations = Evaluations(context, journal, auctioneer, self._planner)
-        self._batches: dict[int, Batch] = {}
-        self._next_batch = 0
-        self._pinned: deque[str] = deque()
-        self.policy: PolicyVersion | None = None
-        self.last_update_sha256: str | None = None
+        self._market = Recall(context, auctioneer, learner)
+        self.evaluations = Evaluations(
+            context, journal, self._market, self._planner, learner.spec, self._keep_best
+        )
+        self._health = JobHealth(context, journal, self.job_id, learner.spec, self.evaluations)
+        self._versions = Versions(learner.spec, context.blobs)
+        self._records = VersionRecords(context, journal, self.job_id)
+        self._sampler = BatchSampler(
+            learner.spec, self._planner, self._market, self._versions, lambda: self.selling
+        )
+        self._tidying: asyncio.Task[None] | None = None
         self.reward_recent: float | None = None
         self.selling = True
+
+    @property
+    def policy(self) -> PolicyVersion | None:
+        """The newest published version; None before the first."""
+        return self._versions.newest
 
     def halt(self, error: ShoalError) -> None:
         """Ends the run with ``error`` at its next wait."""
@@ -106,47 +84,92 @@ class JobRun:
             self._halted.exception()
 
     async def restore(self) -> None:
-        """The run stands where the records say the job stood: weights, optimiser, last update."""
-        recorded = await self._context.database.run(self._recorded_version)
-        version = await self._context.computed(lambda: self.learner.resume(recorded or 0))
-        await self._publish(version)
+        """The run stands where the records say the job stood.
 
-    async def run(self) -> None:
+        That is: weights, optimiser, the versions that work is still out under, the next batch
+        to issue, the evaluations.  A power cut may have spoiled the newest
+        checkpoint; then the job goes on from an older one, which is told.
+
+        Raises:
+            InvalidRequest: the checkpoints are gone, or are those of another job or base.
+        """
+        recorded = await self._records.newest()
+        kept = await self._context.computed(
+            lambda: self.learner.resume(recorded or 0, self._context.blobs)
+        )
+        for policy in kept:
+            self._versions.add(policy)
+        version = self._current().version
+        self._sampler.begin(version)
+        if recorded is None:
+            await self._records.begin(self._current())
+        else:
+            self._market.active = True
+            facts = {"policy_version": version, "recorded_version": recorded}
+            await self._journal.event(self.job_id, "job_resumed", facts)
+        due = [v for v in range(version + 1) if self._versions.is_evaluated(v)]
+        await self.evaluations.restore(self.job_id, due)
+
+    async def run(self) -> str:
         """The job's updates are all applied and its last version is evaluated.
+
+        Returns:
+            Why it stopped before its last update; empty when it did not.
 
         Raises:
             ShoalError: what halted it: money, exhausted attempts, a cancelled job.
         """
-        spec = self.learner.spec
-        version = self._current().version
+        try:
+            reason = await self._run()
+            await self._tidied()
+        finally:
+            # However the run ended, nothing of it goes on behind its back.
+            if self._tidying is not None:
+                await asyncio.wait((self._tidying,))
+        return reason
+
+    async def _run(self) -> str:
+        version, last = self._current().version, self.learner.spec.max_steps
         if version == 0:
             # Stated twice where the process stopped in between; the same words do no harm.
             await self._state_environments()
             await self._context.computed(lambda: self.learner.checkpoint(0))
-        if version % spec.evaluation.interval == 0 or version == spec.max_steps:
-            await self.evaluations.start(self._current())
-        self._next_batch = version
-        while version < spec.max_steps:
+        await self._resume_evaluations()
+        stopped = await self._early_stop(version)
+        while version < last and not stopped:
             await self._step(version)
             version += 1
-            if version % spec.evaluation.interval == 0 or version == spec.max_steps:
+            if self._versions.is_evaluated(version):
                 await self.evaluations.start(self._current())
+            stopped = await self._early_stop(version)
+        if stopped and not self.evaluations.has_begun(version):
+            await self.evaluations.start(self._current())
         await self._unless_halted(self.evaluations.finish())
+        return stopped
 
-    def _recorded_version(self, session: Session) -> int | None:
-        """The last version on record, and which statement made it; None for a new job."""
-        last = session.scalar(
-            select(StatementRow.payload_sha256)
-            .where(
-                StatementRow.job_id == self.job_id,
-                StatementRow.kind == StatementKind.UPDATE.value,
-            )
-            .order_by(StatementRow.seq.desc())
-            .limit(1)
-        )
-        self.last_update_sha256 = last
-        return session.scalar(
-            select(func.max(PolicyRow.version)).where(PolicyRow.job_id == self.job_id)
+    async def _early_stop(self, version: int) -> str:
+        """Why the job stops at ``version``; empty when it goes on.
+
+        Decided by the evaluations of versions older than any that still samples, which are
+        waited for: so the job stops at the same version whoever evaluates, and however fast.
+        """
+        rules = self.learner.spec.evaluation
+        if rules.patience is None and rules.target is None:
+            return ""
+        through = version - self.learner.spec.max_staleness - 1
+        await self._unless_halted(self.evaluations.finish(through))
+        return self.evaluations.standings.stop_reason(through) or ""
+
+    async def _resume_evaluations(self) -> None:
+        for version in self._versions.numbers():
+            due = self._versions.is_evaluated(version)
+            if due and not self.evaluations.is_reported(version):
+                await self.evaluations.start(self._versions.get(version))
+
+    async def _keep_best(self, version: int) -> None:
+        policy = self._versions.get(version)
+        await self._to_disk(
+            lambda: self.learner.keep_best(policy, self._context.blobs.read(policy.adapter.sha256))
         )
 
     def _current(self) -> PolicyVersion:
@@ -154,7 +177,7 @@ class JobRun:
             raise InvariantBroken(f"Job {self.job_id} has no published policy.")
         return self.policy
 
-    async def _unless_halted(self, work: Awaitable[None]) -> None:
+    async def _unless_halted(self, work: Awaitable[object]) -> None:
         waiting = asyncio.ensure_future(work)
         try:
             await asyncio.wait((waiting, self._halted), return_when=asyncio.FIRST_COMPLETED)
@@ -165,54 +188,53 @@ class JobRun:
             self._halted.result()
         await waiting
 
-    async def _issue_rollouts(self, version: int) -> None:
-        spec = self.learner.spec
-        limit = min(spec.max_steps, version + spec.max_staleness + 1)
-        while self._next_batch < limit:
-            batch = Batch(number=self._next_batch, num_groups=spec.groups_per_batch)
-            self._batches[batch.number] = batch
-            self._next_batch += 1
-            policy = self._current()
-            await self._auctioneer.open(
-                self._planner.rollouts(batch.number, policy, self._take_rollouts(batch, policy))
-            )
-
-    def _take_rollouts(
-        self, batch: Batch, policy: PolicyVersion
-    ) -> Callable[[Delivery], Awaitable[None]]:
-        spec = self.learner.spec
-
-        async def take(delivery: Delivery) -> None:
-            verified = delivery.payload
-            if not isinstance(verified, RolloutVerification):
-                raise InvariantBroken("A rollout was delivered without its verification.")
-            payload, rewards_b = verified.payload, verified.rewards
-            if payload is None or rewards_b is None:
-                raise InvariantBroken("An unverified rollout was delivered.")
-            size = spec.rollouts_per_example
-            groups = make_groups(payload, verified.prompts, rewards_b, size, spec.loss)
-            rewards = rewards_b.reshape(-1, size).tolist()
-            scored = [
-                Scored(group=group, rewards=tuple(row), policy_version=policy.version)
-                for group, row in zip(groups, rewards, strict=True)
-            ]
-            batch.add(delivery.units, scored, delivery.statement_sha256)
-
-        return take
+    async def _to_disk(self, work: Callable[[], None]) -> None:
+        """``work``, which waits for the disk, beside the compute thread."""
+        await asyncio.get_running_loop().run_in_executor(None, work)
 
     async def _step(self, version: int) -> None:
+        """The batch of ``version`` is applied: the next version is published."""
         started = time.monotonic()
         gradient = await self._next_gradient(version)
         waited_s = time.monotonic() - started
-        batch = self._batches.pop(version)
+        batch = self._sampler.take(version)
+        market = await self._health.market_metrics()
         await self._unless_halted(_wait(gradient.complete))
-        stats = await self._context.computed(
-            lambda: self.learner.update(gradient.payloads(), batch.num_tokens)
+        older = self._versions.wanted(version + 1, self.evaluations.pending())
+        stats, folder = await self._context.computed(
+            lambda: (
+                self.learner.update(gradient.payloads(), batch.all_groups()),
+                # Before anyone is told: a version on the market can always be restored.
+                self.learner.checkpoint(version + 1, older),
+            )
         )
-        await self._context.computed(lambda: self.learner.checkpoint(version + 1))
         facts = _update_facts(self._current(), batch, gradient, self.learner)
-        await self._publish(version + 1, facts)
-        await self._report(batch, stats, time.monotonic() - started, waited_s)
+        names = metric_names(self.learner.spec.environments)
+        metrics = batch.metrics(version, names) | market | _update_metrics(stats)
+        metrics |= {
+            "step_time": time.monotonic() - started,
+            "time/wait_for_batch": waited_s,
+        }
+        await self._publish(version + 1, facts, metrics)
+        self.reward_recent = metrics["reward"]
+        await self._tidy(version + 1, metrics, lambda: self.learner.secure(folder, version + 1))
+
+    async def _tidy(
+        self, version: int, metrics: dict[str, float], secure: Callable[[], None]
+    ) -> None:
+        """What follows an update and holds nothing up: health, and the disk."""
+        await self._tidied()
+
+        async def tidy() -> None:
+            await self._health.see(metrics)
+            await self._to_disk(secure)
+
+        self._tidying = asyncio.create_task(tidy(), name=f"tidy version {version}")
+
+    async def _tidied(self) -> None:
+        if self._tidying is not None:
+            tidying, self._tidying = self._tidying, None
+            await tidying
 
     async def _next_gradient(self, version: int) -> GradientSum:
         """The gradient of the version's batch is on the market, and so is the next batch.
@@ -220,55 +242,49 @@ class JobRun:
         The learner waits for the gradient, so it is offered first if its batch is complete
         already; workers then sample the next batch while the update is made.
         """
-        batch = self._batches.get(version)
-        if batch is None or not batch.complete.is_set():
-            await self._issue_rollouts(version)
-            batch = self._batches[version]
-            await self._unless_halted(_wait(batch.complete))
+        if not self._sampler.is_complete(version):
+            await self._sampler.issue(version)
+        batch = self._sampler.batch(version)
+        await self._unless_halted(_wait(batch.complete))
         gradient = await self._offer_gradient(batch)
-        await self._issue_rollouts(version)
+        await self._sampler.issue(version)
         return gradient
 
     async def _offer_gradient(self, batch: Batch) -> GradientSum:
         groups = batch.teaching()
-        gradient = GradientSum(num_units=len(groups))
-        if groups:
-            await self._auctioneer.open(
-                self._planner.gradients(batch.number, self._current(), groups, gradient.take)
+        most = self.learner.spec.tasks.gradient
+        slices = slice_groups(groups, -(-len(groups) // most))
+        gradient = GradientSum(num_slices=len(slices))
+        if slices:
+            await self._market.open(
+                self._planner.gradients(batch.number, self._current(), slices, gradient.take)
+            )
+        else:
+            await self._journal.event(
+                self.job_id,
+                "batch_without_spread",
+                {
+                    "batch": batch.number,
+                    "reason": "all completions of each prompt got the same reward, so there is "
+                    "nothing to compare; only earlier momentum moves the weights. Make the "
+                    "prompts easier or harder, or raise rollouts_per_example.",
+                },
             )
         return gradient
 
-    async def _publish(self, version: int, facts: UpdatePredicate | None = None) -> None:
+    async def _publish(
+        self, version: int, facts: UpdatePredicate, metrics: dict[str, float]
+    ) -> None:
         policy = await self._context.computed(
             lambda: self.learner.publish(version, self._context.blobs)
         )
-        rows: list[StatementRow] = []
-        if facts is not None:
-            predicate = facts.model_copy(update={"policy": policy})
-            row = self._journal.state(
-                self.job_id, StatementKind.UPDATE, update_statement(predicate)
-            )
-            self.last_update_sha256 = row.payload_sha256
-            rows.append(row)
-
-        def write(session: Session) -> None:
-            session.add_all(rows)
-            session.merge(
-                PolicyRow(
-                    job_id=self.job_id,
-                    version=version,
-                    record=policy.encode().decode(),
-                    created_ms=self._context.time.now_ms(),
-                )
-            )
-            session.get_one(JobRow, self.job_id).policy_version = version
-
-        await self._context.database.run(write)
-        self.policy = policy
-        self._pinned.append(policy.adapter.sha256)
-        # Older versions are read by stragglers only; they go first where room is short.
-        if len(self._pinned) > self.learner.spec.max_staleness + 2:
-            self._context.blobs.unpin(self._pinned.popleft())
+        if not await self._records.has(policy):
+            statement = update_statement(facts.model_copy(update={"policy": policy}))
+            row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
+            await self._records.add(policy, row, metrics)
+        self._versions.add(policy)
+        self._market.active = False
+        self._versions.drop_unwanted(version, self.evaluations.pending())
         await self._auctioneer.announce(POLICIES_TOPIC, policy)
 
     async def _state_environments(self) -> None:
@@ -290,23 +306,15 @@ class JobRun:
         ]
         await self._context.database.run(lambda session: session.add_all(rows))
 
-    async def _report(
-        self, batch: Batch, stats: UpdateStats, step_s: float, waited_s: float
-    ) -> None:
-        metrics = batch.metrics(batch.number) | {
-            "step": float(stats.step),
-            "learning_rate": stats.learning_rate,
-            "grad_norm": stats.grad_norm,
-            "loss": stats.loss,
-            "entropy": stats.entropy,
-            "clip_ratio/low_mean": stats.clip_fraction_low,
-            "clip_ratio/high_mean": stats.clip_fraction_high,
-            "kl": stats.approx_kl,
-            "step_time": step_s,
-            "time/wait_for_batch": waited_s,
-        }
-        self.reward_recent = metrics["reward"]
-        await self._journal.event(self.job_id, "update", metrics)
+
+def _update_metrics(stats: UpdateStats) -> dict[str, float]:
+    return {
+        "step": float(stats.step),
+        "learning_rate": stats.learning_rate,
+        "grad_norm": stats.grad_norm,
+        "loss": stats.loss,
+        **stats.metrics,
+    }
 
 
 def _update_facts(
@@ -323,12 +331,6 @@ def _update_facts(
         num_tokens=batch.num_tokens,
         optimizer_sha256=digest_of(learner.spec.optimizer.to_json()),
     )
-
-
-def _gradient_payload(delivery: Delivery) -> GradientPayload:
-    if not isinstance(delivery.payload, GradientPayload):
-        raise InvariantBroken("A gradient was delivered without its payload.")
-    return delivery.payload
 
 
 async def _wait(event: asyncio.Event) -> None:

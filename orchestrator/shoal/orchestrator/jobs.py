@@ -9,6 +9,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from shoal.models.base import describe_base
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
@@ -18,6 +19,7 @@ from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import JobRow
+from shoal.protocol.blob import BlobRef
 from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, ShoalError, Unavailable
 from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.market import TaskKind
@@ -25,6 +27,7 @@ from shoal.protocol.node import OpenJob
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.signing import Signed
 from shoal.rl.base_models import fetch_base
+from shoal.rl.local import blob_of_file
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class Jobs:
                 name=run.learner.spec.name,
                 model=run.learner.spec.model,
                 num_parameters=run.learner.base.num_parameters,
+                base=run.learner.base_blob,
                 lora=run.learner.spec.lora,
                 reserve_micros={
                     TaskKind.ROLLOUT: run.learner.spec.budget.max_rollout_micros,
@@ -167,12 +171,18 @@ class Jobs:
         row = await self._context.database.run(lambda session: session.get_one(JobRow, job_id))
         job = Signed[Job].model_validate_json(row.record).record
         base = BaseModelRef.model_validate_json(row.base)
-        learner = await self._context.computed(lambda: self._load(job, base))
-        run = JobRun(self._context, self._journal, self._auctioneer, learner)
-        self._running[job_id] = run
-        if job_id in self._cancelled:
-            run.halt(JobCancelled("cancelled by its requester"))
-        await run.restore()
+        try:
+            learner = await self._context.computed(lambda: self._load(job, base))
+            run = JobRun(self._context, self._journal, self._auctioneer, learner)
+            self._running[job_id] = run
+            if job_id in self._cancelled:
+                run.halt(JobCancelled("cancelled by its requester"))
+            await run.restore()
+        except ShoalError as error:
+            # What a job has learnt may still be saved by who mends this; a new one has nothing.
+            state = JobState.PAUSED if row.policy_version else JobState.FAILED
+            await self._settle_and_finish(job_id, state, error.message)
+            return
         if row.state == JobState.DRAINING.value:
             state, reason = _read_ending(row.reason)
         else:
@@ -186,6 +196,10 @@ class Jobs:
             _log.exception("publishing_failed", extra={"job_id": job_id})
             state = JobState.FAILED
             reason = error.message if isinstance(error, ShoalError) else _DEFECT
+        await self._settle_and_finish(job_id, state, reason)
+
+    async def _settle_and_finish(self, job_id: str, state: JobState, reason: str) -> None:
+        """Everybody is paid, the job is at its end, and its escrow closed unless it may go on."""
         await self._settle_fully(job_id)
         if state is not JobState.PAUSED:
             await self._close_escrow(job_id)
@@ -197,13 +211,24 @@ class Jobs:
             self._context.config.resolved_models_dir(),
             allow_local=self._context.config.allow_local_models,
         )
-        # Pins do not outlive a process, and a blob may have been dropped before this one.
-        for file in base.files:
-            if self._context.blobs.has(file.blob.sha256):
-                self._context.blobs.pin(file.blob.sha256)
-            else:
-                self._context.blobs.put_file(folder / file.path, pin=True)
-        return Learner(job, base, folder, self.run_dir(job.job_id()))
+        # Hashed again, because the folder may have changed since the job began.
+        found = describe_base(job.spec.model, folder, self._pinned_blob)
+        if found.content_digest() != base.content_digest():
+            raise InvalidRequest(
+                f"Model {job.spec.model!r} has digest {found.content_digest()} where the job began "
+                f"with {base.content_digest()}; bring back the files it began with.",
+                code="model_changed",
+            )
+        base_blob = self._context.blobs.put_bytes(base.encode(), pin=True)
+        return Learner(job, base, base_blob, folder, self.run_dir(job.job_id()))
+
+    def _pinned_blob(self, path: Path) -> BlobRef:
+        """The file as a blob; pins do not outlive a process, and blobs may be dropped."""
+        ref, blobs = blob_of_file(path), self._context.blobs
+        if not blobs.has(ref.sha256):
+            return blobs.put_file(path, pin=True)
+        blobs.pin(ref.sha256)
+        return ref
 
     def run_dir(self, job_id: str) -> Path:
         """Where the job's checkpoints and released files are."""
@@ -257,7 +282,7 @@ class Jobs:
 async def _run(run: JobRun) -> tuple[JobState, str]:
     """How the run ended, and why."""
     try:
-        await run.run()
+        return JobState.COMPLETE, await run.run()
     except OverBudget as error:
         return JobState.PAUSED, error.message
     except JobCancelled as error:
@@ -268,7 +293,6 @@ async def _run(run: JobRun) -> tuple[JobState, str]:
         # Its workers are still paid and its escrow closed, so this is an end like others.
         _log.exception("job_crashed", extra={"job_id": run.job_id})
         return JobState.FAILED, _DEFECT
-    return JobState.COMPLETE, ""
 
 
 def _read_ending(settling: str) -> tuple[JobState, str]:

@@ -22,6 +22,7 @@ from shoal.network.blob_server import BlobServer
 from shoal.network.blob_store import BlobStore
 from shoal.network.identity import NodeIdentity
 from shoal.network.libp2p_node import Libp2pNode
+from shoal.network.port import Limits
 from shoal.orchestrator.api import Api
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.config import OrchestratorConfig
@@ -33,6 +34,7 @@ from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.verifier import Verifier
@@ -57,8 +59,9 @@ class Orchestrator:
         self.journal = Journal(context)
         self.roster = Roster(context, api_url, blob_url)
         self.settler = Settler(context, self.journal)
-        self.dispatcher = Dispatcher(context, self.roster, self.settler)
-        self.auctioneer = Auctioneer(context, self.roster, self.dispatcher)
+        self.setbacks = Setbacks(context, self.journal, self.roster)
+        self.dispatcher = Dispatcher(context, self.roster, self.settler, self.setbacks)
+        self.auctioneer = Auctioneer(context, self.roster, self.dispatcher, self.setbacks)
         self.publisher = Publisher(context, self.journal, _own_binding(context))
         self.jobs = Jobs(
             context,
@@ -119,6 +122,18 @@ class Orchestrator:
             # Capacity also returns by the clock alone: suspensions end, bids lapse.
             self.auctioneer.poke()
 
+    async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:
+        """Passes if ``token`` is a lease's, or of a request for evidence, and these its bytes.
+
+        Raises:
+            Unauthorised: it is neither.
+        """
+        desk = self.verifier.evidence_desk
+        if desk.expects(token):
+            desk.authorise(token, digest, size_bytes)
+        else:
+            await self.dispatcher.authorise_upload(token, digest, size_bytes)
+
     async def _settle(self) -> None:
         while True:
             await asyncio.sleep(self.context.config.epoch_ms / 1000)
@@ -156,7 +171,8 @@ async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
         stack.push_async_callback(chain.close)
         database = Database(config.resolved_database_url())
         stack.callback(database.close)
-        network = Libp2pNode(identity, config.p2p_listen)
+        limits = Limits(max_connections=config.max_connections)
+        network = Libp2pNode(identity, config.p2p_listen, limits=limits)
         await network.start()
         stack.push_async_callback(network.stop)
         compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
@@ -203,7 +219,7 @@ async def serve(
             context.blobs,
             host=config.blob_host,
             port=config.blob_port,
-            authorise=orchestrator.dispatcher.authorise_upload,
+            authorise=orchestrator.authorise_upload,
         )
         await blob_server.start()
         orchestrator.front_desk.serve(context.network)

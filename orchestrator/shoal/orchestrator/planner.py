@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
-from shoal.orchestrator.workload import Delivery, Workload
+from shoal.orchestrator.workload import Delivery, Parcel, Workload, parcels_of
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import new_id
@@ -54,43 +55,53 @@ class Planner:
             eval_sizes=[env.num_tasks(Split.EVAL) for env in learner.environments],
         )
 
-    def rollouts(self, batch: int, policy: PolicyVersion, deliver: Deliver) -> Workload:
-        """The rollouts of a batch: one unit for each of its groups."""
+    def rollouts(
+        self, batch: int, policy: PolicyVersion, slots: Sequence[int], deliver: Deliver
+    ) -> Workload:
+        """Rollouts of a batch: one unit for the group of each of these slots."""
         prompts = self._plan.prompts(batch)
 
-        async def build(slots: Sequence[int]) -> RolloutTask:
-            return self._plan.rollout(batch, policy, prompts, slots)
+        async def build(parcel: Parcel) -> RolloutTask:
+            return self._plan.rollout(batch, policy, prompts, parcel)
 
         spec = self._learner.spec
-        rows = spec.rollouts_per_example
         return self._workload(
             TaskKind.ROLLOUT,
             policy,
-            spec.groups_per_batch,
+            parcels_of(slots, spec.tasks.rollout),
             build,
             deliver,
-            lambda units: self._rows_bytes(units, units * rows),
+            lambda units: self._rows_bytes(units, units * spec.rollouts_per_example),
         )
 
-    def gradients(
-        self, batch: int, policy: PolicyVersion, groups: Sequence[Group], deliver: Deliver
-    ) -> Workload:
-        """The gradient of a batch: one unit for each group that teaches."""
+    def redrawn(self, slot: int) -> int | None:
+        """The slot that is drawn when the group of ``slot`` has no spread, if any is."""
+        return self._plan.redrawn(slot)
 
-        async def build(units: Sequence[int]) -> GradientTask:
-            rows = encode_slice([groups[unit] for unit in units])
+    def gradients(
+        self, batch: int, policy: PolicyVersion, slices: Sequence[Sequence[Group]], deliver: Deliver
+    ) -> Workload:
+        """The gradient of a batch: one unit for each group, one parcel for each slice."""
+        groups = [group for part in slices for group in part]
+        ends = itertools.accumulate(len(part) for part in slices)
+        parcels = [
+            tuple(range(end - len(part), end)) for end, part in zip(ends, slices, strict=True)
+        ]
+
+        async def build(parcel: Parcel) -> GradientTask:
+            rows = encode_slice([groups[unit] for unit in parcel])
             return self._plan.gradient(
                 batch,
                 policy,
                 self._context.blobs.put_bytes(rows.encode()),
                 num_rows=rows.num_rows,
-                num_groups=len(units),
+                num_groups=len(parcel),
             )
 
         arrays = self._learner.policy.shapes()
         size = policy.adapter.size_bytes + HEADER_ALLOWANCE_BYTES + 256 * len(arrays)
         return self._workload(
-            TaskKind.GRADIENT, policy, len(groups), build, deliver, lambda units: size
+            TaskKind.GRADIENT, policy, parcels, build, deliver, lambda units: size
         )
 
     def evaluation(
@@ -98,16 +109,17 @@ class Planner:
     ) -> Workload:
         """The evaluation of a version: one unit for each held-out prompt."""
 
-        async def build(units: Sequence[int]) -> EvaluateTask:
-            return self._plan.evaluation(policy, prompts, units)
+        async def build(parcel: Parcel) -> EvaluateTask:
+            return self._plan.evaluation(policy, prompts, parcel)
 
+        spec = self._learner.spec
         return self._workload(
             TaskKind.EVALUATE,
             policy,
-            len(prompts),
+            parcels_of(range(len(prompts)), spec.tasks.evaluate),
             build,
             deliver,
-            lambda units: self._rows_bytes(units, units),
+            lambda units: self._rows_bytes(units, units * spec.evaluation.samples_per_example),
         )
 
     def held_out(self) -> tuple[PromptRef, ...]:
@@ -127,8 +139,8 @@ class Planner:
         self,
         kind: TaskKind,
         policy: PolicyVersion,
-        num_units: int,
-        build: Callable[[Sequence[int]], Awaitable[RolloutTask | GradientTask | EvaluateTask]],
+        parcels: list[Parcel],
+        build: Callable[[Parcel], Awaitable[RolloutTask | GradientTask | EvaluateTask]],
         deliver: Deliver,
         max_result_bytes: Callable[[int], int],
     ) -> Workload:
@@ -148,7 +160,7 @@ class Planner:
                 policy_sha256=policy.policy_sha256(),
                 token_bucket=spec.sampling.max_tokens,
             ),
-            num_units=num_units,
+            num_units=sum(len(parcel) for parcel in parcels),
             reserve_micros=reserve,
         )
         return Workload(
@@ -159,5 +171,6 @@ class Planner:
             abandon=self._halt,
             max_result_bytes=max_result_bytes,
             verify=spec.verify,
-            waiting=list(range(num_units)),
+            waiting=parcels,
+            requester=self._learner.job.requester,
         )

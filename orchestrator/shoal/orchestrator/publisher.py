@@ -12,15 +12,15 @@ from sqlalchemy.orm import Session
 
 from shoal.market.settlement import PayoutSet
 from shoal.orchestrator.context import Context
-from shoal.orchestrator.evaluations import Evaluation
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.store.tables import EpochRow, EventRow, JobRow, NodeRow, StatementRow
 from shoal.protocol.errors import InvariantBroken, NotFound, Unavailable
-from shoal.protocol.job import Job, JobState
+from shoal.protocol.job import Job, JobState, Release
 from shoal.protocol.market import Payout
 from shoal.protocol.node import BoundNode, ContractAddresses
-from shoal.protocol.policy import BaseModelRef, ModelFile
+from shoal.protocol.policy import BaseModelRef, ModelFile, PolicyVersion
 from shoal.protocol.signing import Signed
 from shoal.provenance.bundle import (
     BUNDLE_FILE,
@@ -32,7 +32,13 @@ from shoal.provenance.bundle import (
 )
 from shoal.provenance.dsse import Envelope
 from shoal.provenance.log import EMPTY_HEAD, replay_head
-from shoal.provenance.statement import ReleasePredicate, StatementKind, release_statement
+from shoal.provenance.statement import (
+    ReleasePredicate,
+    StatementKind,
+    UpdatePredicate,
+    decode,
+    release_statement,
+)
 
 _RELEASE_INDEX = "release.json"
 _MAX_PAYOUTS_BYTES = 1 << 30
@@ -49,14 +55,19 @@ class Publisher:
         self._own_binding = own_binding
 
     async def publish(self, run: JobRun) -> None:
-        """The current policy is a downloadable PEFT folder, and its release is stated."""
+        """The job's last or best version is a downloadable folder, and its release is stated.
+
+        A PEFT folder for an adapter, a plain model folder for a model trained whole.
+        """
         if run.policy is None or await self._is_stated(run.job_id):
             return
-        policy = run.policy
+        policy = await self._context.computed(lambda: self._chosen(run.learner, run.policy))
         folder = self._folder(run.job_id)
         metrics = await self.metrics(run.job_id)
-        card = _card(run, run.evaluations.all)
-        await self._context.computed(lambda: self._write(run, folder, card, metrics))
+        card = _card(run, policy)
+        await self._context.computed(
+            lambda: self._write(run.learner, policy, folder, card, metrics)
+        )
         files = {path.name: path for path in sorted(folder.iterdir())}
         released = released_files(files)
         index = [
@@ -68,8 +79,8 @@ class Publisher:
                 job_id=run.job_id,
                 policy=policy,
                 base_name=run.learner.base.name,
-                update_sha256=run.last_update_sha256,
-                evaluations=_evaluation_statements(run.evaluations.all, policy.version),
+                update_sha256=await self._update_of(policy),
+                evaluations=run.evaluations.statements(policy.version)[:_MAX_LINKS],
             ),
             {file.path: file.sha256 for file in released},
         )
@@ -93,13 +104,43 @@ class Publisher:
             lambda session: session.scalar(query.limit(1)) is not None
         )
 
-    def _write(self, run: JobRun, folder: Path, card: str, metrics: str) -> None:
-        base, released = run.learner.base, run.policy
-        if released is not None and run.learner.policy.adapter_sha256() != released.adapter.sha256:
-            # An update that was computed and never stated is not released.
-            run.learner.policy.load_adapter(self._context.blobs.read(released.adapter.sha256))
-        run.learner.policy.save_peft_folder(folder, base.name, base.content_digest(), card)
-        (folder / "job.json").write_text(run.learner.job.model_dump_json(indent=2))
+    async def _update_of(self, policy: PolicyVersion) -> str | None:
+        """The digest of the last statement of the update that made ``policy``."""
+        if policy.version == 0:
+            return None
+
+        def read(session: Session) -> str | None:
+            rows = session.scalars(
+                select(StatementRow)
+                .where(
+                    StatementRow.job_id == policy.job_id,
+                    StatementRow.kind == StatementKind.UPDATE.value,
+                )
+                .order_by(StatementRow.seq.desc())
+            )
+            return next((row.payload_sha256 for row in rows if _made(row) == policy), None)
+
+        return await self._context.database.run(read)
+
+    def _chosen(self, learner: Learner, last: PolicyVersion | None) -> PolicyVersion:
+        """The version the job releases: its best, where it asks for that and has one."""
+        best = None
+        if learner.spec.checkpoint.release is Release.BEST:
+            best = learner.best(self._context.blobs)
+        chosen = best or last
+        if chosen is None:
+            raise InvariantBroken("A release was asked for before any version was published.")
+        return chosen
+
+    def _write(
+        self, learner: Learner, policy: PolicyVersion, folder: Path, card: str, metrics: str
+    ) -> None:
+        if learner.policy.adapter_sha256() != policy.adapter.sha256:
+            # The best version, or the last where an update was computed and never stated.
+            learner.policy.load_adapter(self._context.blobs.read(policy.adapter.sha256))
+        base = learner.base
+        learner.policy.save_folder(folder, base.name, base.content_digest(), card)
+        (folder / "job.json").write_text(learner.job.model_dump_json(indent=2))
         (folder / "metrics.jsonl").write_text(metrics)
 
     def _folder(self, job_id: str) -> Path:
@@ -229,15 +270,17 @@ def _last_payouts(epochs: Sequence[EpochRow]) -> tuple[Payout, ...]:
     return last.payouts
 
 
-def _evaluation_statements(evaluations: Sequence[Evaluation], version: int) -> tuple[str, ...]:
-    final = [e for e in evaluations if e.policy.version == version]
-    return tuple(final[-1].statements[:_MAX_LINKS]) if final else ()
+def _made(row: StatementRow) -> PolicyVersion | None:
+    """The version whose making ``row`` states."""
+    predicate = decode(Envelope.from_text(row.envelope).payload_bytes()).predicate
+    return predicate.policy if isinstance(predicate, UpdatePredicate) else None
 
 
 def _metrics_line(row: EventRow) -> str:
     data: dict[str, Any] = json.loads(row.data)
     if row.type == "evaluation":
-        data = {
+        figures = {name: value for name, value in data.items() if name.startswith("eval/")}
+        data = figures | {
             "policy_version": data["policy_version"],
             "eval/accuracy": data["accuracy"],
             "eval/num_examples": data["num_examples"],
@@ -245,33 +288,34 @@ def _metrics_line(row: EventRow) -> str:
     return json.dumps({"at_ms": row.at_ms, **data}, sort_keys=True) + "\n"
 
 
-def _card(run: JobRun, evaluations: Sequence[Evaluation]) -> str:
-    spec, policy, base = run.learner.spec, run.policy, run.learner.base
-    if policy is None:
-        raise InvariantBroken("A card was asked for before any policy was published.")
+def _card(run: JobRun, policy: PolicyVersion) -> str:
+    spec, base = run.learner.spec, run.learner.base
     rows = "\n".join(
-        f"| {e.policy.version} | {e.accuracy:.4f} | {e.num_examples} |"
-        for e in evaluations
-        if e.complete.is_set()
+        f"| {version} | {average.value:.4f} |"
+        for version, average in run.evaluations.reported().items()
     )
     environments = ", ".join(f"`{env.id}`" for env in spec.environments)
+    if spec.lora is None:
+        library, tag, what = "transformers", "full-fine-tuning", f"`{base.name}`, every weight"
+    else:
+        library, tag, what = "peft", "lora", f"A LoRA adapter for `{base.name}`,"
     return f"""---
 base_model: {base.name}
-library_name: peft
-tags: [reinforcement-learning, lora, shoal]
+library_name: {library}
+tags: [reinforcement-learning, {tag}, shoal]
 ---
 # {spec.name}
 
-A LoRA adapter for `{base.name}`, trained by reinforcement learning on {environments} with
-workers that bid for each task.
+{what} trained by reinforcement learning on {environments} with
+workers that bid for each task.  This is policy version {policy.version}.
 
-| policy version | held-out greedy accuracy | prompts |
-| ---: | ---: | ---: |
+| policy version | held-out accuracy |
+| ---: | ---: |
 {rows}
 
 - Job: `{run.job_id}`
 - Base content digest (SHA-256): `{base.content_digest()}`
-- Adapter digest (SHA-256): `{policy.adapter.sha256}`, policy version {policy.version}
+- Weights digest (SHA-256): `{policy.adapter.sha256}`
 
 `bundle.json` of the job lists every contribution and payment;
 `shoal provenance verify bundle.json --model .` checks it offline.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,7 +27,11 @@ from shoal.protocol.version import SOFTWARE_VERSION
 
 @dataclass(kw_only=True)
 class Member:
-    """One joined node.  ``undelivered`` verdicts are resent until acknowledged."""
+    """One joined node.
+
+    ``undelivered`` verdicts are resent until acknowledged; ``failures`` counts the leases it
+    did not fulfil, by cause.
+    """
 
     node: PeerId
     account: str
@@ -38,7 +42,7 @@ class Member:
     consecutive_valid: int = 0
     audited: int = 0
     undelivered: dict[LeaseId, Signed[Verdict]] = field(default_factory=dict)
-    recent_unit_ms: dict[str, deque[int]] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)
 
 
 class Roster:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +16,11 @@ from shoal.market.settlement import PayEntry
 from shoal.network.identity import public_key_of
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.context import Context
-from shoal.orchestrator.dispatcher import Dispatcher, LiveLease, Submission, printable
+from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.evidence import EvidenceDesk
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.leases import LiveLease, Submission, printable
 from shoal.orchestrator.roster import Member
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
@@ -37,12 +39,14 @@ from shoal.provenance.statement import (
     verification_statement,
 )
 from shoal.rl import verification
+from shoal.rl.batch import GradientPayload, ResidualLink
+from shoal.rl.codec import num_values
+from shoal.rl.gradient_audit import ResidualEvidence
 
 _log = logging.getLogger(__name__)
 
 NEWCOMER_AUDITS = 10
 """A provider's first results are all recomputed. Source: docs/architecture, "Trust"."""
-_SPEED_SAMPLES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +84,65 @@ class Verifier:
         self._auctioneer = auctioneer
         self._jobs = jobs
         self._draw: Callable[[], float] = secrets.SystemRandom().random
+        self.evidence_desk = EvidenceDesk(context)
+        self._evidence: dict[str, ResidualEvidence] = {}
+        self._collecting: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Runs for ever: judges each submission."""
-        while True:
-            submission = await self._dispatcher.submissions.get()
-            if self._jobs.find(submission.live.lease.job_id) is None:
-                await self._dismiss(submission.live)
-            else:
-                await self._judge(submission)
+        try:
+            while True:
+                await self._take(await self._dispatcher.submissions.get())
+        finally:
+            for task in self._collecting:
+                task.cancel()
+
+    async def _take(self, submission: Submission) -> None:
+        live, member = submission.live, submission.member
+        evidence = self._evidence.pop(live.lease.lease_id, None)
+        # Another worker's result for the same units may have been accepted meanwhile.
+        if live.record.state.is_final:
+            return
+        if self._jobs.find(live.lease.job_id) is None:
+            await self._dismiss(live)
+        elif evidence is not None:
+            await self._judge(submission, audit=True, evidence=evidence)
+        elif not self.audits(member, live.workload.verify.spot_check_rate):
+            spendable = self.evidence_desk.spendable(live.lease.job_id, live.lease.node)
+            held = ResidualEvidence(spendable=spendable)
+            await self._judge(submission, audit=False, evidence=held)
+        elif isinstance(live.task, GradientTask) and live.task.gradient.codec.error_feedback:
+            # The others are judged while the worker sends what it committed to.
+            task = asyncio.create_task(self._collect(submission))
+            self._collecting.add(task)
+            task.add_done_callback(self._collecting.discard)
+        else:
+            await self._judge(submission, audit=True, evidence=ResidualEvidence())
+
+    async def _collect(self, submission: Submission) -> None:
+        """The submission waits for its verdict again, with what its worker was asked for."""
+        live, found = submission.live, ResidualEvidence()
+        try:
+            link, size_bytes = await self._context.computed(lambda: self._link(submission))
+            if link is not None:
+                found = await self.evidence_desk.collect(live, link, size_bytes)
+        except Exception:
+            _log.exception("evidence_failed", extra={"lease_id": live.lease.lease_id})
+        self._evidence[live.lease.lease_id] = found
+        self._dispatcher.submissions.put_nowait(submission)
+
+    def _link(self, submission: Submission) -> tuple[ResidualLink | None, int]:
+        """The residuals a gradient names, and their size; None if it is not even well formed."""
+        live = submission.live
+        shapes = self._jobs.learner(live.lease.job_id).auditor.shapes()
+        if not isinstance(live.task, GradientTask):
+            return None, 0
+        data = self._context.blobs.read(submission.message.result.payload.sha256)
+        try:
+            payload = GradientPayload.decode(data, shapes, live.task.gradient.codec)
+        except PeerFault:
+            return None, 0
+        return payload.residual, 4 * num_values(shapes)
 
     async def _dismiss(self, live: LiveLease) -> None:
         """The result of a job that is over already: no epoch is left to pay or state it in."""
@@ -96,12 +150,13 @@ class Verifier:
         record = judge(live.record, accepted=False, reason="the job has ended", now_ms=now_ms)
         await self._dispatcher.end(live, record, failed=False)
 
-    async def _judge(self, submission: Submission) -> None:
+    async def _judge(
+        self, submission: Submission, *, audit: bool, evidence: ResidualEvidence
+    ) -> None:
         live, member = submission.live, submission.member
-        audit = self.audits(member, live.workload.verify.spot_check_rate)
         envelope, fault = self._open_statement(submission)
         if fault is None:
-            outcome = await self._checked(submission, audit)
+            outcome = await self._checked(submission, audit, evidence)
         else:
             outcome = _Outcome(checks=(fault,), payload=None)
         verdict = self._verdict(live, submission, outcome, audit)
@@ -116,10 +171,12 @@ class Verifier:
         else:
             await self._reject(live, member, verdict, blame=outcome.judged)
 
-    async def _checked(self, submission: Submission, audit: bool) -> _Outcome:
+    async def _checked(
+        self, submission: Submission, audit: bool, evidence: ResidualEvidence
+    ) -> _Outcome:
         """The checks' outcome; one result that breaks a check must not stop the others."""
         try:
-            return await self._context.computed(lambda: self._check(submission, audit))
+            return await self._context.computed(lambda: self._check(submission, audit, evidence))
         except Exception as error:
             _log.exception("check_failed", extra={"lease_id": submission.live.lease.lease_id})
             detail = f"{type(error).__name__}; the orchestrator's log has the details"
@@ -155,7 +212,7 @@ class Verifier:
             return None, Check(name=CheckName.FORM, passed=False, detail=detail)
         return envelope, None
 
-    def _check(self, submission: Submission, audit: bool) -> _Outcome:
+    def _check(self, submission: Submission, audit: bool, evidence: ResidualEvidence) -> _Outcome:
         live, result = submission.live, submission.message.result
         learner = self._jobs.learner(live.lease.job_id)
         data = self._context.blobs.read(result.payload.sha256)
@@ -198,6 +255,7 @@ class Verifier:
                     data,
                     self._context.blobs.read(task.slice.sha256),
                     audit=audit,
+                    evidence=evidence,
                 )
                 return _Outcome(
                     checks=gradient.checks,
@@ -277,16 +335,16 @@ class Verifier:
     ) -> None:
         member.consecutive_valid += 1
         result = submission.message.result
-        samples = member.recent_unit_ms.setdefault(
-            live.lease.kind.value, deque(maxlen=_SPEED_SAMPLES)
-        )
         # The worker's own word, but never more than the time it held the lease.
         held_ms = max(0, live.record.heard_at_ms - live.lease.issued_at_ms)
-        samples.append(min(result.compute_ms, held_ms) // live.lease.num_units + 1)
+        unit_ms = min(result.compute_ms, held_ms) // live.lease.num_units + 1
         record = judge(
             live.record, accepted=True, reason="accepted", now_ms=self._context.time.now_ms()
         )
-        self._dispatcher.conclude(live, record)
+        self._dispatcher.conclude(live, record, unit_ms=unit_ms)
+        if isinstance(outcome.payload, GradientPayload) and outcome.payload.residual is not None:
+            self.evidence_desk.retain(self._jobs.running_ids())
+            self.evidence_desk.accept(live.lease.job_id, live.lease.node, outcome.payload.residual)
         delivery = Delivery(
             units=live.units,
             task=live.task,
@@ -306,6 +364,7 @@ class Verifier:
                     "defect of the orchestrator; its log has the details."
                 )
             )
+        await self._dispatcher.call_off_rival(live)
 
     async def _reject(
         self, live: LiveLease, member: Member, verdict: Verdict, *, blame: bool

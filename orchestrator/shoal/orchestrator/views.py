@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,7 @@ from shoal.protocol.market import TaskKind
 from shoal.protocol.policy import BaseModelRef, PolicyVersion
 from shoal.protocol.signing import Signed
 
-_COUNTED = ("accepted", "rejected", "expired", "refused", "revoked")
+_COUNTED = ("accepted", "rejected", "expired", "refused", "failed", "revoked")
 
 
 _CHAIN_AGE_MS = 2_000
@@ -80,7 +81,9 @@ class Views:
             "workers": workers,
             "spent_micros": sum(worker["earned_micros"] for worker in workers),
             "committed_micros": epochs[-1].cumulative_micros if epochs else 0,
+            "failures": _failures(session, job_id),
             "evaluations": _events(session, job_id, "evaluation"),
+            "health": _wrong_now(_events(session, job_id, "health")),
             "reward_recent": updates[-1]["reward"] if updates else None,
             "eta_s": _eta_s(row, view["max_steps"], updates),
             "epochs": [_epoch(epoch) for epoch in epochs],
@@ -145,6 +148,7 @@ class Views:
                     kind.value: in_flight.get((member.node, kind), 0) for kind in TaskKind
                 },
                 "price_micros": self._auctioneer.prices(member.node),
+                "failures": dict(member.failures),
             }
             for member in self._roster.members()
         ]
@@ -208,6 +212,17 @@ def _events(session: Session, job_id: str, type_: str) -> list[dict[str, Any]]:
         .order_by(EventRow.seq)
     )
     return [json.loads(row.data) for row in rows]
+
+
+def _wrong_now(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The diagnoses that began and have not ended."""
+    last = {change["code"]: change for change in changes}
+    return [change for change in last.values() if change["active"]]
+
+
+def _failures(session: Session, job_id: str) -> dict[str, int]:
+    """How many leases of the job failed, by cause."""
+    return dict(Counter(event["cause"] for event in _events(session, job_id, "lease_failed")))
 
 
 def _eta_s(row: JobRow, max_steps: int, updates: Sequence[dict[str, Any]]) -> float | None:

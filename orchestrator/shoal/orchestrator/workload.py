@@ -1,10 +1,11 @@
-"""Units of work that want a worker: one lot, and how to make a task of some of its units."""
+"""Work that wants a worker: one lot, cut into parcels, and how to make a task of each."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.job import VerifySpec
@@ -15,12 +16,22 @@ from shoal.protocol.task import Task
 
 _URGENCY = {TaskKind.GRADIENT: 0, TaskKind.EVALUATE: 1, TaskKind.ROLLOUT: 2}
 
+Parcel = tuple[int, ...]
+"""Units of a workload that always make one task together, whoever does it."""
+
+
+def parcels_of(units: Sequence[int], parcel_units: int) -> list[Parcel]:
+    """The units in order, ``parcel_units`` to a parcel, the last perhaps smaller."""
+    return [
+        tuple(units[first : first + parcel_units]) for first in range(0, len(units), parcel_units)
+    ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
     """Accepted work: the units done, and the verified payload."""
 
-    units: tuple[int, ...]
+    units: Parcel
     task: Task
     lease: Signed[Lease]
     result: Result
@@ -30,28 +41,29 @@ class Delivery:
 
 @dataclass(kw_only=True)
 class Workload:
-    """A lot whose units are handed out, and come back on failure, until all are delivered.
+    """A lot whose parcels are handed out, and come back on failure, until all are delivered.
 
-    ``build_task`` makes the task for some unit numbers; ``deliver`` takes accepted work;
-    ``abandon`` is told when a unit has failed too often to go on.  Nothing of a ``closed``
-    workload is handed out any more.
+    ``build_task`` makes the task of a parcel; ``deliver`` takes accepted work; ``abandon`` is
+    told when a parcel has failed too often to go on.  Nothing of a ``closed`` workload is
+    handed out any more.  A parcel is delivered once, however many leases it had.
     """
 
     lot: Lot
     max_reserve_micros: int
-    build_task: Callable[[Sequence[int]], Awaitable[Task]]
+    build_task: Callable[[Parcel], Awaitable[Task]]
     deliver: Callable[[Delivery], Awaitable[None]]
     abandon: Callable[[ShoalError], None]
     max_result_bytes: Callable[[int], int]
     verify: VerifySpec
-    waiting: list[int]
+    waiting: list[Parcel]
+    requester: str = ""
     attempts: Counter[int] = field(default_factory=Counter)
     failures: int = 0
-    undelivered: int = 0
+    undelivered: set[Parcel] = field(default_factory=set)
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self.undelivered = len(self.waiting)
+        self.undelivered = set(self.waiting)
 
     @property
     def kind(self) -> TaskKind:
@@ -62,21 +74,38 @@ class Workload:
         """Sorts workloads: what the learner waits for goes first, then older epochs."""
         return _URGENCY[self.kind], self.lot.epoch
 
+    def sizes(self, at_most: int | None = None) -> list[int]:
+        """The units of each waiting parcel, or of the first ``at_most``."""
+        return [len(parcel) for parcel in self.waiting[:at_most]]
+
     async def accept(self, delivery: Delivery) -> None:
-        """Hands accepted work to whoever wanted it."""
-        self.undelivered -= len(delivery.units)
-        await self.deliver(delivery)
+        """Hands accepted work to whoever wanted it, the first time it comes."""
+        if delivery.units in self.undelivered:
+            self.undelivered.remove(delivery.units)
+            self.waiting = [parcel for parcel in self.waiting if parcel != delivery.units]
+            await self.deliver(delivery)
 
-    def take(self, count: int) -> tuple[int, ...]:
-        """Removes ``count`` units from those waiting."""
-        taken, self.waiting = tuple(self.waiting[:count]), self.waiting[count:]
-        self.attempts.update(taken)
-        return taken
+    def next_parcel(self, max_units: int) -> Parcel | None:
+        """The first waiting parcel of at most ``max_units``; it goes on waiting."""
+        return next((parcel for parcel in self.waiting if len(parcel) <= max_units), None)
 
-    def give_back(self, units: Sequence[int], *, failed: bool) -> None:
-        """Returns units nobody delivered; a refusal is no failure of the unit."""
+    def take(self, parcel: Parcel) -> None:
+        """Removes ``parcel`` from those waiting."""
+        self.waiting.remove(parcel)
+        self.attempts.update(parcel)
+
+    def give_back(self, parcel: Parcel, *, failed: bool) -> None:
+        """Returns a parcel nobody delivered; a refusal is no failure of its units."""
         if failed:
             self.failures += 1
         else:
-            self.attempts.subtract(units)
-        self.waiting = sorted({*self.waiting, *units})
+            self.attempts.subtract(parcel)
+        if parcel in self.undelivered:
+            self.waiting = sorted({*self.waiting, parcel})
+
+
+class Market(Protocol):
+    """Where workloads are sold."""
+
+    async def open(self, workload: Workload) -> None:
+        """Offers what is waiting of the workload."""

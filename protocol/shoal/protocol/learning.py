@@ -49,7 +49,7 @@ class OldPolicy(StrEnum):
 
 
 class RatioBound(StrEnum):
-    """What happens to an importance ratio outside its bounds."""
+    """What happens to an importance ratio outside its bounds; with ``NONE`` it is not used."""
 
     NONE = "none"
     TRUNCATE = "truncate"
@@ -66,16 +66,24 @@ class SequenceStatistic(StrEnum):
 class CorrectionSpec(Record):
     """How samples of an older or inexact policy are corrected.
 
-    With a ``PROXIMAL`` old policy a token's loss is weighted by π_prox/μ, truncated or masked
-    token by token (TIS, MIS), and sequences whose ratio leaves its bounds are masked or their
-    weight truncated.  A mask never changes the loss's divisor.
+    With a ``BEHAVIOUR`` old policy the clipped ratio π_θ/μ corrects, and the clip also keeps
+    the policy near the one that sampled; bounds mask or are absent.  With a ``PROXIMAL`` one a
+    token's loss is weighted by π_prox/μ, cut to its bounds when truncated (TIS), 0 outside them
+    when masked (MIS); only without a ``token_bound`` is the sequence's ratio the weight of its
+    tokens.  In both, a masked sequence is dropped when its ratio leaves its bounds.  A mask
+    never changes the loss's divisor.  An absent ``token_bound`` truncates with a ``PROXIMAL``
+    old policy unless its sequences are truncated, and else is not used.
 
-    Source: decoupled PPO, arXiv 2110.00641 and AReaL, arXiv 2505.24298 §5.2; truncated
-    importance sampling, Yao et al. 2025; IcePop masks, Ling Team 2025.
+    The defaults are those that lost least in ``benchmarks/rl/staleness.py``: weights alone
+    let the policy run away from the samples it still has to learn from.
+
+    Source: PPO, arXiv 1707.06347; decoupled PPO, arXiv 2110.00641 and AReaL, arXiv 2505.24298
+    §5.2; truncated importance sampling, Yao et al. 2025; IcePop masks, Ling Team 2025, arXiv
+    2510.18855.
     """
 
-    old_policy: OldPolicy = OldPolicy.PROXIMAL
-    token_bound: RatioBound = RatioBound.TRUNCATE
+    old_policy: OldPolicy = OldPolicy.BEHAVIOUR
+    token_bound: RatioBound = RatioBound.NONE
     token_min: float = Field(default=0.0, ge=0, le=1)
     token_max: float = Field(default=2.0, ge=1, le=1e6)
     sequence_bound: RatioBound = RatioBound.MASK
@@ -83,17 +91,46 @@ class CorrectionSpec(Record):
     sequence_min: float = Field(default=0.2, ge=0, le=1)
     sequence_max: float = Field(default=5.0, ge=1, le=1e6)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _proximal_needs_weights(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("old_policy") != OldPolicy.PROXIMAL:
+            return data
+        if data.get("sequence_bound") == RatioBound.TRUNCATE:
+            return data
+        return {"token_bound": RatioBound.TRUNCATE} | data
 
-# Source: the papers named in `shoal.rl.loss`.
-_CLIPS: dict[LossKind, tuple[float, float]] = {
-    LossKind.GRPO: (0.2, 0.2),
-    LossKind.DAPO: (0.2, 0.28),
-    LossKind.DR_GRPO: (0.2, 0.2),
-    LossKind.BNPO: (0.2, 0.2),
-    LossKind.GSPO: (3e-4, 4e-4),
-    LossKind.CISPO: (0.2, 5.0),
-    LossKind.SAPO: (0.2, 0.2),
-    LossKind.LUSPO: (3e-4, 4e-4),
+    @model_validator(mode="after")
+    def _corrects_once(self) -> CorrectionSpec:
+        bounds = {"token_bound": self.token_bound, "sequence_bound": self.sequence_bound}
+        if self.old_policy is OldPolicy.BEHAVIOUR and RatioBound.TRUNCATE in bounds.values():
+            name = next(name for name, bound in bounds.items() if bound is RatioBound.TRUNCATE)
+            raise ValueError(
+                f"{name} truncate would correct a second time what the clip corrects already "
+                "with old_policy behaviour; set old_policy proximal, or use mask or none"
+            )
+        if self.sequence_bound is RatioBound.TRUNCATE and self.token_bound is not RatioBound.NONE:
+            raise ValueError(
+                f"sequence_bound truncate and token_bound {self.token_bound} would weight each "
+                "token twice; set one of them to none"
+            )
+        return self
+
+
+def _clip(low: float, high: float) -> dict[str, Any]:
+    return {"clip_low": low, "clip_high": high}
+
+
+# Source: the papers named in `shoal.rl.loss`; CISPO's bound is ScaleRL's, arXiv 2510.13786.
+_USUAL: dict[LossKind, dict[str, Any]] = {
+    LossKind.GRPO: _clip(0.2, 0.2),
+    LossKind.DAPO: _clip(0.2, 0.28),
+    LossKind.DR_GRPO: _clip(0.2, 0.2) | {"advantage_scale": AdvantageScale.NONE},
+    LossKind.BNPO: _clip(0.2, 0.2),
+    LossKind.GSPO: _clip(3e-4, 4e-4),
+    LossKind.CISPO: _clip(0.2, 5.0),
+    LossKind.SAPO: _clip(0.2, 0.2),
+    LossKind.LUSPO: _clip(3e-4, 4e-4),
 }
 
 
@@ -101,11 +138,11 @@ class LossSpec(Record):
     """The exact loss; its digest stands in the job and travels in every gradient task.
 
     ``clip_low`` and ``clip_high`` are the ε of the clip ``[1 − ε_low, 1 + ε_high]``; for
-    CISPO ``clip_high`` is the largest ratio itself.  What is absent takes the value usual for
-    the kind.  ``clip_delta`` bounds the unclipped ratio of tokens with a negative advantage
-    (two-sided clipping).  ``kl_beta`` adds the k3 estimate of KL to the base; with
-    ``kl_bias_correction`` it is weighted by the ratio.  ``mask_truncated`` leaves out
-    completions that were cut off at the length limit (overlong mask).
+    CISPO ``clip_high`` is the largest ratio itself, and SAPO has no clip.  What is absent takes
+    the value usual for the kind.  ``clip_delta`` bounds the unclipped ratio of tokens with a
+    negative advantage (two-sided clipping).  ``kl_beta`` adds the k3 estimate of KL to the
+    base; with ``kl_bias_correction`` it is weighted by the ratio.  ``mask_truncated`` leaves
+    out completions that were cut off at the length limit (overlong mask).
     """
 
     kind: LossKind = LossKind.DAPO
@@ -122,14 +159,13 @@ class LossSpec(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _usual_clips(cls, data: Any) -> Any:
+    def _usual_for_the_kind(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         try:
-            low, high = _CLIPS[LossKind(data.get("kind", LossKind.DAPO))]
+            return _USUAL[LossKind(data.get("kind", LossKind.DAPO))] | data
         except ValueError:
             return data
-        return {"clip_low": low, "clip_high": high} | data
 
     @model_validator(mode="after")
     def _known_traps(self) -> LossSpec:
@@ -138,6 +174,14 @@ class LossSpec(Record):
                 f"clip_high {self.clip_high:g} would cap every CISPO ratio below one; it is the "
                 "largest ratio, usually 5"
             )
+        if self.clip_delta is not None:
+            if self.kind in (LossKind.CISPO, LossKind.SAPO):
+                raise ValueError(f"clip_delta bounds a clipped ratio, which {self.kind} has not")
+            if self.clip_delta <= 1 + self.clip_high:
+                raise ValueError(
+                    f"clip_delta {self.clip_delta:g} lies inside the clip and would undo it; "
+                    f"set it above 1 + clip_high, {1 + self.clip_high:g}"
+                )
         return self
 
 
@@ -188,7 +232,7 @@ class CodecSpec(Record):
 
     @model_validator(mode="after")
     def _keeps_at_most_all(self) -> CodecSpec:
-        if self.keep > self.chunk:
+        if self.kind is CodecKind.TOPK and self.keep > self.chunk:
             raise ValueError(f"keep {self.keep} is more than the {self.chunk} values of a chunk")
         if self.error_feedback and self.kind is CodecKind.FP32:
             raise ValueError("error_feedback has nothing to feed back with codec fp32")

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from shoal.protocol.blob import BlobRef
 from shoal.protocol.ids import Address, Hex32, Hex64, Name, PeerIdStr, Sha256, ShortId
 from shoal.protocol.learning import LoraSpec
 from shoal.protocol.market import MAX_UNITS, Lease, TaskKind
@@ -130,13 +131,15 @@ class JoinRequest(Record):
 class OpenJob(Record):
     """A job that accepts bids, as a worker needs to know it.
 
-    Writer: orchestrator.  Reader: the worker's bidder, which compares the reserves with its
-    floor prices and the size with its memory.
+    Writer: orchestrator.  Reader: the worker, which fetches the base before it bids, and its
+    bidder, which compares the reserves with its floor prices.  ``base`` is the blob of the
+    encoded `BaseModelRef`.
     """
 
     job_id: Hex32
     name: Name
     model: Name
+    base: BlobRef
     num_parameters: int = Field(ge=1, le=MAX_INT)
     lora: LoraSpec | None
     reserve_micros: dict[TaskKind, MicrosField]
@@ -185,7 +188,11 @@ class ResultReply(Record):
 
 
 class FailureCause(StrEnum):
-    """Why a worker could not do a task it had accepted."""
+    """Why a worker could not do a task it had accepted.
+
+    ``TOO_SLOW`` gives up a lease that would end first; ``NODE`` is any other fault of the
+    machine, and ``TASK`` any other fault of what it was given.
+    """
 
     OUT_OF_MEMORY = "out_of_memory"
     NOT_FETCHED = "not_fetched"
@@ -193,6 +200,8 @@ class FailureCause(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     NOT_FINITE = "not_finite"
     ENVIRONMENT = "environment"
+    TOO_SLOW = "too_slow"
+    NODE = "node"
     TASK = "task"
     STOPPING = "stopping"
 
@@ -248,6 +257,10 @@ class IdleReason(StrEnum):
     NO_JOBS = "no_jobs"
     ABOVE_RESERVE = "above_reserve"
     OUTBID = "outbid"
+    TASK_TOO_LARGE = "task_too_large"
+    NO_WORK = "no_work"
+    PAUSED = "paused"
+    FETCHING_BASE = "fetching_base"
     STARTING = "starting"
 
 

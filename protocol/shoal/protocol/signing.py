@@ -5,19 +5,23 @@ Source: EIP-712 (typed structured data), EIP-2 (low-s signatures).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from eth_account import Account as EthAccount
-from eth_account.messages import encode_typed_data
+from eth_account.messages import SignableMessage, encode_typed_data
 from eth_account.signers.local import LocalAccount
+from eth_utils.crypto import keccak
+from hexbytes import HexBytes
 from pydantic import Field
 
-from shoal.protocol.errors import PeerFault, Unauthorised
+from shoal.protocol.errors import InvariantBroken, PeerFault, Unauthorised
 from shoal.protocol.ids import Account, Address, Hex65
 from shoal.protocol.record import MAX_INT, Record
 
 _HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
 _RECOVERY_IDS = (27, 28)
+_WORD_BYTES = 32
 
 
 class Domain(Record):
@@ -102,10 +106,47 @@ def sign(record: _S, domain: Domain, account: LocalAccount) -> Signed[_S]:
     return signed(record=record, signature="0x" + bytes(signature).hex())
 
 
-def _typed(record: SignableRecord, domain: Domain) -> Any:
-    types = {
-        type(record).__name__: [
-            {"name": name, "type": solidity} for name, solidity in record.eip712_fields
-        ]
-    }
-    return encode_typed_data(domain.eip712(), types, record.eip712_message())
+def _typed(record: SignableRecord, domain: Domain) -> SignableMessage:
+    """What is signed: version 1, the domain's hash, the record's hash.
+
+    As ``eth_account.messages.encode_typed_data`` makes it, which looks at the types anew for
+    each record and takes many times longer.
+    """
+    values = record.eip712_message()
+    words = [_type_hash(type(record).__name__, record.eip712_fields)]
+    words += [_word(values[name], solidity) for name, solidity in record.eip712_fields]
+    return SignableMessage(
+        HexBytes(b"\x01"), _domain_hash(domain), HexBytes(keccak(b"".join(words)))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _domain_hash(domain: Domain) -> HexBytes:
+    fields = [{"name": "x", "type": "uint8"}]
+    return HexBytes(encode_typed_data(domain.eip712(), {"Any": fields}, {"x": 0}).header)
+
+
+@functools.lru_cache(maxsize=64)
+def _type_hash(name: str, fields: tuple[tuple[str, str], ...]) -> bytes:
+    """Source: EIP-712, ``typeHash = keccak256(encodeType(typeOf(s)))``."""
+    inside = ",".join(f"{solidity} {field}" for field, solidity in fields)
+    return keccak(text=f"{name}({inside})")
+
+
+def _word(value: Any, solidity: str) -> bytes:
+    """One field in 32 bytes.  Source: EIP-712, ``encodeData``.
+
+    Raises:
+        InvariantBroken: a record's declared type does not hold its value.
+    """
+    if solidity == "string":
+        return keccak(text=value)
+    if solidity == "address":
+        return bytes.fromhex(value[2:]).rjust(_WORD_BYTES, b"\0")
+    if solidity == "bytes32" and len(value) == _WORD_BYTES:
+        return bytes(value)
+    if solidity == "bool":
+        return bytes(_WORD_BYTES - 1) + bytes([bool(value)])
+    if solidity.startswith("uint") and 0 <= value < 1 << int(solidity[4:]):
+        return int(value).to_bytes(_WORD_BYTES, "big")
+    raise InvariantBroken(f"A field of type {solidity} cannot be signed as {value!r}.")

@@ -78,7 +78,8 @@ class GradientTask(Record):
     ``slice`` is a safetensors blob (`shoal.rl.batch` fixes its arrays).  Sums, not means:
     the orchestrator adds the slices of a batch and divides once.  ``gradient`` says how many
     local steps are taken and how the answer is encoded; ``optimizer`` and ``learning_rate``
-    (this update's, of its schedule) are those of the local steps.
+    (this update's, of its schedule) are those of the local steps.  ``max_tokens`` is the length
+    limit the rows were sampled under, which some losses divide by.
     """
 
     kind: Literal[TaskKind.GRADIENT] = TaskKind.GRADIENT
@@ -94,6 +95,7 @@ class GradientTask(Record):
     optimizer: OptimizerSpec
     learning_rate: float = Field(gt=0, le=1)
     temperature: float = Field(gt=0, le=10)
+    max_tokens: int = Field(ge=1, le=MAX_INT)
     slice: BlobRef
     num_rows: int = Field(ge=1, le=MAX_INT)
     num_groups: int = Field(ge=1, le=MAX_INT)

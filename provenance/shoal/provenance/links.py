@@ -13,6 +13,7 @@ from eth_utils.address import to_checksum_address
 
 from shoal.protocol.errors import PeerFault
 from shoal.protocol.ids import Account
+from shoal.protocol.job import Release
 from shoal.protocol.merkle import MerkleTree, payout_leaf
 from shoal.protocol.money import format_dollars
 from shoal.protocol.policy import PolicyVersion
@@ -313,7 +314,7 @@ def _check_ingredients(
 def check_release(
     bundle: Bundle, entries: Sequence[Entry], accepted: Mapping[str, Entry], chain: Chain
 ) -> str:
-    """The released files are those stated, and the adapter is the last update's.
+    """The released files are those stated, and the adapter is the version's the job asks for.
 
     A bundle without a release is one of a job still running; it must name no files.
     """
@@ -334,20 +335,24 @@ def check_release(
         raise _fault("None of the released files is the released policy version's adapter.")
     if release.policy.base_sha256 != bundle.base.content_digest():
         raise _fault("The released policy stands on another base than the bundle names.")
-    _check_released_version(release, chain)
+    rule = bundle.job.record.spec.checkpoint.release
+    _check_released_version(release, chain, rule)
     _check_evaluations(release, accepted, chain)
-    return f"version {release.policy.version}, {len(stated)} files, adapter of the last update"
+    which = f"version {release.policy.version}, the {rule.value}"
+    return f"{which}; {len(stated)} files, its adapter among them"
 
 
-def _check_released_version(release: ReleasePredicate, chain: Chain) -> None:
+def _check_released_version(release: ReleasePredicate, chain: Chain, rule: Release) -> None:
     if not chain.updates:
         if release.policy.version != 0 or release.update_sha256 is not None:
             raise _fault("The release names an update, and none is logged.")
         return
-    last = chain.updates[-1]
-    version = max(chain.versions)
-    if release.update_sha256 != last.sha256 or release.policy != chain.versions[version]:
+    version = release.policy.version
+    if rule is Release.LAST and version != max(chain.versions):
         raise _fault("The released adapter is not that of the last update.")
+    made = chain.updates[version - 1].sha256 if 0 < version < len(chain.versions) else None
+    if release.update_sha256 != made or release.policy != chain.versions.get(version):
+        raise _fault("The released adapter is not that of the update the release names.")
 
 
 def _check_evaluations(

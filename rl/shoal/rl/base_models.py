@@ -8,10 +8,13 @@ digest of its recipe.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import shutil
+import string
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from pydantic import Field
 
 from shoal.models.base import resolve_base
 from shoal.models.forward import padded
-from shoal.models.tiny import build_model, build_tokenizer, split_words
+from shoal.models.tiny import CHARACTERS, build_model, build_tokenizer, split_words
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import EnvSpec
 from shoal.protocol.record import Record
@@ -31,7 +34,9 @@ from shoal.rl.environments import Environment, Split, load_environment
 BUILTIN_PREFIX = "builtin:"
 _IGNORED = -100
 _EXAMPLES = 8_192
-_PROMPTS_READ = 64
+_PROMPTS_READ = 512
+_COMMON = 64
+"""A word is a token if one prompt in as many has it; a rarer one is spelled."""
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps in all) while a built-in is being warmed."""
@@ -40,7 +45,7 @@ OnStep = Callable[[int, int], None]
 class WarmStart(Record):
     """How a built-in base is made; its digest names the cached folder."""
 
-    version: int = Field(default=1, ge=1)
+    version: int = Field(default=2, ge=1)
     environment: EnvSpec
     seed: int = 0
     steps: int = Field(ge=1)
@@ -58,7 +63,28 @@ RECIPES: dict[str, WarmStart] = {
         ),
         steps=210,
     ),
+    "tiny-gcd": WarmStart(
+        environment=EnvSpec(
+            id="reasoning_gym:gcd",
+            args={"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 99},
+        ),
+        steps=50,
+    ),
+    "tiny-leg-counting": WarmStart(
+        environment=EnvSpec(
+            id="reasoning_gym:leg_counting",
+            args={"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 5},
+        ),
+        steps=50,
+    ),
+    "tiny-spell-backward": WarmStart(
+        environment=EnvSpec(
+            id="reasoning_gym:spell_backward", args={"min_word_len": 3, "max_word_len": 5}
+        ),
+        steps=130,
+    ),
 }
+"""Each stops early: what a base cannot do yet is what its job is there to teach."""
 
 
 def fetch_base(
@@ -92,7 +118,7 @@ def build_base(recipe: WarmStart, cache_dir: Path, on_step: OnStep | None = None
     draft = Path(tempfile.mkdtemp(prefix="builtin-draft-", dir=cache_dir))
     try:
         environment = load_environment(recipe.environment)
-        tokenizer = build_tokenizer(_instruction_words(environment))
+        tokenizer = build_tokenizer(instruction_pieces(environment))
         model = build_model(recipe.seed, len(tokenizer))
         warm(model, tokenizer, environment, recipe, on_step)
         model.save_pretrained(draft)
@@ -132,11 +158,30 @@ def warm(
     model.eval()
 
 
-def _instruction_words(environment: Environment) -> list[str]:
-    """The words that training prompts use."""
-    count = min(environment.num_tasks(Split.TRAIN), _PROMPTS_READ)
-    prompts = (environment.prompt(Split.TRAIN, index) for index in range(count))
-    return sorted({word for prompt in prompts for word in split_words(prompt)})
+def instruction_pieces(environment: Environment) -> list[str]:
+    """What training prompts repeat, to be one token each, and the characters a base lacks.
+
+    That is how every prompt begins and ends, and the words common in between; what a prompt
+    asks about stays in single characters.
+    """
+    size = environment.num_tasks(Split.TRAIN)
+    indices = range(0, size, -(-size // _PROMPTS_READ))
+    prompts = [environment.prompt(Split.TRAIN, index) for index in indices]
+    start = _common_start(prompts).rstrip(string.digits + "-")
+    end = _common_start([prompt[len(start) :][::-1] for prompt in prompts])[::-1]
+    middles = [prompt[len(start) : len(prompt) - len(end)] for prompt in prompts]
+    counts = Counter(word for middle in middles for word in set(split_words(middle)))
+    common = [word for word, count in counts.items() if count * _COMMON >= len(prompts)]
+    answers = [environment.answer(Split.TRAIN, index) for index in indices]
+    characters = set().union(*prompts, *answers) - set(CHARACTERS)
+    ends = {piece for piece in (start, end) if split_words(piece)}
+    return [*sorted(ends), *sorted(common), *sorted(characters)]
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    # Whatever the first and the last in order share, those between share too.
+    pairs = zip(min(texts), max(texts), strict=False)
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _rate(recipe: WarmStart, step: int) -> float:

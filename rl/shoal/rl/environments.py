@@ -8,7 +8,8 @@ carries text that its holder could change.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -79,6 +80,14 @@ def load_environment(spec: EnvSpec) -> Environment:
     return loader(spec)
 
 
+def metric_names(specs: Sequence[EnvSpec]) -> tuple[str, ...]:
+    """What metrics call each environment of a job: its id, numbered where several share it."""
+    shared = {env_id for env_id, count in Counter(spec.id for spec in specs).items() if count > 1}
+    return tuple(
+        f"{spec.id}#{number}" if spec.id in shared else spec.id for number, spec in enumerate(specs)
+    )
+
+
 def unknown_environment(env_id: str, known: list[str]) -> InvalidRequest:
     """The error for an id nobody has, naming the nearest one somebody has."""
     nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0.0)
@@ -108,6 +117,17 @@ def bad_argument(env_id: str, name: str, value: object, wanted: str) -> InvalidR
         code="invalid_environment_argument",
         environment=env_id,
         argument=name,
+    )
+
+
+def grader_failed(env: Environment, split: Split, index: int, what: str) -> InvalidRequest:
+    """The error for a grader that came to no reward; ``what`` it gave instead."""
+    return InvalidRequest(
+        f"The grader of {env.id!r} failed on a completion of {split.value} prompt {index} with "
+        f"{what}; use another environment.",
+        code="grader_failed",
+        environment=env.id,
+        index=index,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,36 @@ from shoal.protocol.job import JobSpec
 from shoal.protocol.policy import PolicyVersion
 from shoal.rl.aggregation import AdapterOptimizer, UpdateStats
 from shoal.rl.batch import EvaluatePayload, GradientPayload, RolloutPayload, RowLimits
+from shoal.rl.confidence import HeldOutScore, score_held_out
 from shoal.rl.environments import Environment, Split, load_environment
 from shoal.rl.evaluation import run_evaluate
-from shoal.rl.gradient import Group, encode_slice, make_groups, run_gradient, slice_groups
+from shoal.rl.gradient import (
+    Group,
+    batch_divisor,
+    encode_slice,
+    make_groups,
+    run_gradient,
+    slice_groups,
+)
 from shoal.rl.plan import Plan, sampling_version
 from shoal.rl.rollout import encode_prompts, run_rollout
 
 _HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What one update took: CPU seconds by part, tokens, and bytes all contributors sent.
+
+    ``gradient_tokens`` are those of rows with a gradient.
+    """
+
+    rollout_cpu_s: float
+    gradient_cpu_s: float
+    update_cpu_s: float
+    rollout_tokens: int
+    gradient_tokens: int
+    upload_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +61,14 @@ class LocalStep:
     reward: float
     share_zero_spread: float
     wall_s: float
+    cost: StepCost
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRun:
-    """A finished local run; rewards are held-out and greedy.
+    """A finished local run; rewards are held-out, ``evaluations`` by policy version.
+
+    ``scores`` are the same evaluations with their intervals.
 
     ``wall_s`` and ``cpu_s`` cover updates and evaluations, at the versions at which the
     market's job has them.
@@ -50,6 +76,8 @@ class LocalRun:
 
     reward_before: float
     reward_after: float
+    evaluations: Mapping[int, float]
+    scores: Mapping[int, HeldOutScore]
     steps: tuple[LocalStep, ...]
     wall_s: float
     cpu_s: float
@@ -57,15 +85,24 @@ class LocalRun:
 
 
 def train_locally(
-    spec: JobSpec, folder: Path, on_step: Callable[[LocalStep], None] | None = None
+    spec: JobSpec,
+    folder: Path,
+    on_step: Callable[[LocalStep], None] | None = None,
+    *,
+    contributors: int = 1,
 ) -> LocalRun:
-    """Trains ``spec`` from the base in ``folder`` to its last version."""
-    return _LocalJob(spec, folder).run(on_step)
+    """Trains ``spec`` from the base in ``folder`` to its last version.
+
+    Each batch is cut into one slice for each of the ``contributors``, who keep their own
+    residuals of error feedback.
+    """
+    return _LocalJob(spec, folder, contributors).run(on_step)
 
 
 class _LocalJob:
-    def __init__(self, spec: JobSpec, folder: Path) -> None:
+    def __init__(self, spec: JobSpec, folder: Path, contributors: int) -> None:
         self.spec = spec
+        self.residuals: list[bytes | None] = [None] * contributors
         self.policy = Policy.load(folder, spec.lora, seed=spec.seed)
         self.environments: list[Environment] = [load_environment(e) for e in spec.environments]
         self.plan = Plan(
@@ -75,23 +112,27 @@ class _LocalJob:
             train_sizes=[env.num_tasks(Split.TRAIN) for env in self.environments],
             eval_sizes=[env.num_tasks(Split.EVAL) for env in self.environments],
         )
-        self.optimizer = AdapterOptimizer(self.policy, spec.optimizer, spec.max_steps)
+        self.optimizer = AdapterOptimizer(
+            self.policy, spec.optimizer, spec.max_steps, spec.gradient
+        )
         self.adapters = [self.policy.adapter_bytes()]
 
     def run(self, on_step: Callable[[LocalStep], None] | None) -> LocalRun:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         spec, steps = self.spec, []
-        evaluations = {0: self.evaluate()}
+        scores = {0: self.evaluate()}
         for batch in range(spec.max_steps):
             steps.append(self.step(batch))
             if on_step:
                 on_step(steps[-1])
             version = batch + 1
             if version % spec.evaluation.interval == 0 or version == spec.max_steps:
-                evaluations[version] = self.evaluate()
+                scores[version] = self.evaluate()
         return LocalRun(
-            reward_before=evaluations[0],
-            reward_after=evaluations[spec.max_steps],
+            reward_before=scores[0].average.value,
+            reward_after=scores[spec.max_steps].average.value,
+            evaluations={version: score.average.value for version, score in scores.items()},
+            scores=scores,
             steps=tuple(steps),
             wall_s=time.perf_counter() - wall_s,
             cpu_s=time.process_time() - cpu_s,
@@ -100,16 +141,29 @@ class _LocalJob:
 
     def step(self, batch: int) -> LocalStep:
         started_s = time.perf_counter()
+        cpu_s = [time.process_time()]
         groups, reward = self.sample(batch)
-        gradients = self.differentiate(batch, groups)
+        cpu_s.append(time.process_time())
+        gradients, upload_bytes = self.differentiate(batch, groups)
+        cpu_s.append(time.process_time())
         self.policy.load_adapter(self.adapters[batch])
-        update = self.optimizer.apply(gradients, sum(group.num_tokens for group in groups))
+        divisor = batch_divisor(groups, self.spec.loss, self.spec.sampling.max_tokens)
+        update = self.optimizer.apply(gradients, divisor)
         self.adapters.append(self.policy.adapter_bytes())
+        cpu_s.append(time.process_time())
         return LocalStep(
             update=update,
             reward=reward,
             share_zero_spread=1.0 - sum(g.teaches for g in groups) / len(groups),
             wall_s=time.perf_counter() - started_s,
+            cost=StepCost(
+                rollout_cpu_s=cpu_s[1] - cpu_s[0],
+                gradient_cpu_s=cpu_s[2] - cpu_s[1],
+                update_cpu_s=cpu_s[3] - cpu_s[2],
+                rollout_tokens=sum(group.num_tokens for group in groups),
+                gradient_tokens=sum(group.num_teaching_tokens for group in groups),
+                upload_bytes=upload_bytes,
+            ),
         )
 
     def sample(self, batch: int) -> tuple[list[Group], float]:
@@ -131,33 +185,42 @@ class _LocalJob:
         groups = make_groups(payload, prompts, payload.rewards, task.group_size, self.spec.loss)
         return groups, float(np.mean(payload.rewards))
 
-    def differentiate(self, batch: int, groups: Sequence[Group]) -> list[GradientPayload]:
+    def differentiate(
+        self, batch: int, groups: Sequence[Group]
+    ) -> tuple[list[GradientPayload], int]:
+        """The contributors' gradients, and the bytes they take on the way."""
         version = self.version(batch)
-        payloads = []
-        for part in slice_groups(groups, 1):
+        payloads, size_bytes = [], 0
+        for contributor, part in enumerate(slice_groups(groups, len(self.residuals))):
             rows = encode_slice(part)
             data = rows.encode()
             task = self.plan.gradient(
                 batch, version, blob_of(data), num_rows=rows.num_rows, num_groups=len(part)
             )
+            output = run_gradient(self.policy, task, data, residual=self.residuals[contributor])
+            self.residuals[contributor] = output.residual
+            size_bytes += len(output.payload)
             payloads.append(
-                GradientPayload.decode(run_gradient(self.policy, task, data), self.policy.shapes())
+                GradientPayload.decode(
+                    output.payload, self.policy.shapes(), self.spec.gradient.codec
+                )
             )
-        return payloads
+        return payloads, size_bytes
 
-    def evaluate(self) -> float:
-        """Held-out greedy reward of the newest version."""
+    def evaluate(self) -> HeldOutScore:
+        """Held-out avg@k of the newest version."""
         version = self.version(len(self.adapters) - 1)
         prompts = self.plan.held_out()
         task = self.plan.evaluation(version, prompts, range(len(prompts)))
         limits = RowLimits(
             num_prompts=len(task.prompts),
-            num_rows=len(task.prompts),
+            num_rows=len(task.prompts) * task.samples_per_prompt,
             max_tokens=task.max_tokens,
             vocab_size=self.policy.vocab_size,
         )
         data = run_evaluate(self.policy, task, self.environments)
-        return float(np.mean(EvaluatePayload.decode(data, limits).rewards))
+        rewards = EvaluatePayload.decode(data, limits).rewards
+        return score_held_out(rewards.reshape(len(task.prompts), -1).tolist())
 
     def version(self, number: int) -> PolicyVersion:
         """Version ``number``, loaded into the policy."""

@@ -20,21 +20,21 @@ _WORD = 1 << 64
 def draw_prompts(
     job_id: str,
     batch: int,
-    num_groups: int,
+    num_slots: int,
     environments: Sequence[EnvSpec],
     sizes: Sequence[int],
 ) -> tuple[PromptRef, ...]:
-    """The prompts of training batch ``batch``, one for each group.
+    """The prompts of training batch ``batch``, one for each slot.
 
     Args:
         job_id: The job's 32 bytes, as ``0x`` and 64 hex digits.
         batch: Which batch of the job, from 0.
-        num_groups: How many prompts to draw.
+        num_slots: How many prompts to draw.
         environments: The job's environments, whose weights share out the prompts.
         sizes: The number of training prompts of each environment.
     """
     return tuple(
-        _draw_prompt(job_id, batch, slot, environments, sizes) for slot in range(num_groups)
+        _draw_prompt(job_id, batch, slot, environments, sizes) for slot in range(num_slots)
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import sys
 import zlib
 from functools import lru_cache
@@ -23,7 +24,13 @@ from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.ids import Digest
 from shoal.protocol.job import EnvSpec
-from shoal.rl.environments import Split, bad_argument, check_index, unknown_argument
+from shoal.rl.environments import (
+    Split,
+    bad_argument,
+    check_index,
+    grader_failed,
+    unknown_argument,
+)
 
 _RULE_VERSION = 1
 _NUM_TASKS = 1 << 20
@@ -159,13 +166,9 @@ class ReasoningGym:
             with contextlib.redirect_stdout(sys.stderr):
                 marks = float(self._dataset.score_answer(completion.strip(), item))
         except Exception as error:
-            raise InvalidRequest(
-                f"The grader of {self._id!r} failed on a completion of {split.value} prompt "
-                f"{index} with {type(error).__name__}; use another environment.",
-                code="grader_failed",
-                environment=self._id,
-                index=index,
-            ) from error
+            raise grader_failed(self, split, index, type(error).__name__) from error
+        if math.isnan(marks):
+            raise grader_failed(self, split, index, "no number")
         return float(marks >= _FULL_MARKS)
 
     def _find_item(self, split: Split, index: int) -> dict[str, Any]:

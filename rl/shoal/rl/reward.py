@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.errors import InvalidRequest, ShoalError
 from shoal.protocol.task import PromptRef
-from shoal.rl.environments import Environment, Split
+from shoal.rl.environments import Environment, Split, grader_failed
 
 
 def score_completions(
@@ -35,10 +35,26 @@ def score_completions(
             code="wrong_completion_count",
         )
     return [
-        environment_of(environments, prompt).score(split, prompt.index, text)
+        _score(environment_of(environments, prompt), split, prompt.index, text)
         for number, prompt in enumerate(prompts)
         for text in texts[number * group_size : (number + 1) * group_size]
     ]
+
+
+def _score(environment: Environment, split: Split, index: int, text: str) -> float:
+    """The reward, which is a number from 0 to 1 whatever the grader does.
+
+    A grader's failure is never a reward of 0: that would teach, and pay for, the wrong thing.
+    """
+    try:
+        reward = environment.score(split, index, text)
+    except ShoalError:
+        raise
+    except Exception as error:
+        raise grader_failed(environment, split, index, type(error).__name__) from error
+    if not 0.0 <= reward <= 1.0:
+        raise grader_failed(environment, split, index, f"the reward {reward!r}")
+    return reward
 
 
 def environment_of(environments: Sequence[Environment], prompt: PromptRef) -> Environment:

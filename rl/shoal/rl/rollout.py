@@ -8,13 +8,13 @@ import numpy as np
 
 from shoal.models.engine import OnProgress
 from shoal.models.policy import Policy
-from shoal.models.sampling import completion_numbers, draw_uniforms_bt
+from shoal.models.sampling import SeededUniforms, completion_numbers
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.task import PromptRef, RolloutTask
 from shoal.rl.batch import Ints, RolloutPayload, prompt_sha256
 from shoal.rl.environments import Environment, Split
-from shoal.rl.reward import score_completions
+from shoal.rl.reward import environment_of, score_completions
 
 Prompts = list[list[int]]
 
@@ -32,12 +32,14 @@ def run_rollout(
     """
     require_version(policy, task.policy)
     prompts = encode_prompts(policy, environments, task.prompts, Split.TRAIN)
+    max_tokens = task.sampling.max_tokens
+    require_room(policy, environments, task.prompts, prompts, Split.TRAIN, max_tokens)
     rows = [prompt for prompt in prompts for _ in range(task.group_size)]
     drawn = policy.engine.generate(
         rows,
         max_tokens=task.sampling.max_tokens,
         temperature=task.sampling.temperature,
-        uniforms_bt=draw_uniforms_bt(
+        uniforms_bt=SeededUniforms(
             task.seed, completion_numbers(task.slots, task.group_size), task.sampling.max_tokens
         ),
         on_progress=on_progress,
@@ -59,10 +61,52 @@ def encode_prompts(
     prompts: Sequence[PromptRef],
     split: Split,
 ) -> Prompts:
-    """The tokens of each prompt, from the environment's text."""
-    return policy.encode_prompts(
-        [environments[ref.environment].prompt(split, ref.index) for ref in prompts]
-    )
+    """The tokens of each prompt, from the environment's text.
+
+    Raises:
+        InvalidRequest: code ``empty_prompt`` when a prompt has no text; what the environment
+            raises.
+    """
+    texts = [environment_of(environments, ref).prompt(split, ref.index) for ref in prompts]
+    for ref, text in zip(prompts, texts, strict=True):
+        if not text:
+            raise InvalidRequest(
+                f"{_name(environments, ref, split)} is empty; every prompt needs some text.",
+                code="empty_prompt",
+                index=ref.index,
+            )
+    return policy.encode_prompts(texts)
+
+
+def require_room(
+    policy: Policy,
+    environments: Sequence[Environment],
+    prompts: Sequence[PromptRef],
+    rows: Prompts,
+    split: Split,
+    max_tokens: int,
+) -> None:
+    """Passes only if each prompt leaves room for ``max_tokens`` in the model's context.
+
+    Raises:
+        InvalidRequest: code ``context_exceeded``, naming environment, prompt and limit.
+    """
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    for ref, row in zip(prompts, rows, strict=True):
+        if limit is not None and len(row) + max_tokens > limit:
+            raise InvalidRequest(
+                f"{_name(environments, ref, split)} has {len(row)} tokens, which with max_tokens "
+                f"{max_tokens} exceeds the model's context of {limit}; lower sampling.max_tokens, "
+                "make the environment's prompts shorter or take a base with a longer context.",
+                code="context_exceeded",
+                index=ref.index,
+                limit=int(limit),
+            )
+
+
+def _name(environments: Sequence[Environment], ref: PromptRef, split: Split) -> str:
+    environment = environment_of(environments, ref)
+    return f"The {split.value} prompt {ref.index} of environment {environment.id!r}"
 
 
 def decode_completions(policy: Policy, rows: Sequence[Ints]) -> list[str]:

@@ -26,30 +26,29 @@ from shoal.protocol.errors import PeerFault
 from shoal.protocol.result import Check, CheckName, Result
 from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
 from shoal.rl.batch import (
-    STATS_FIELDS,
     EvaluatePayload,
     Floats,
     GradientPayload,
-    GradientSlice,
     RolloutPayload,
     RowLimits,
     prompt_sha256,
 )
 from shoal.rl.environments import Environment, Split
-from shoal.rl.gradient import differentiate
+from shoal.rl.evaluation import evaluation_uniforms_bt, sampling_temperature
+from shoal.rl.gradient import decode_slice
+from shoal.rl.gradient_audit import (
+    Finding,
+    ResidualEvidence,
+    check_link,
+    check_plausible,
+    recomputed_checks,
+)
 from shoal.rl.reward import score_completions
 from shoal.rl.rollout import Prompts, decode_completions, encode_prompts, require_version
 
 JUDGED_DTYPE = "float32"
 """Log-probabilities of other types differ from the recomputed ones by more than any tolerance
 that still tells one policy version from the next."""
-
-GRADIENT_TOLERANCE = 1e-4
-"""Relative error allowed on audit: honest recomputation on other hardware reaches 1.2e-6."""
-
-MAX_NORM_PER_TOKEN = 100.0
-"""A summed gradient longer than this times its tokens is refused unread; honest ones stay
-below 10 and longer ones could hide everybody else's in the sum."""
 
 _AUDIT_LOGITS = 1 << 24
 _Payload = TypeVar("_Payload", RolloutPayload, EvaluatePayload, GradientPayload)
@@ -152,14 +151,16 @@ def verify_evaluate(
 ) -> EvaluateVerification:
     """Whether ``data`` is an honest answer to ``task``.
 
-    On audit ``policy`` must hold the task's adapter; each token's recomputed log-probability
-    must then be within ``tolerance`` of the most likely token's.
+    On audit ``policy`` must hold the task's adapter.  At temperature 0 each token's recomputed
+    log-probability must then be within ``tolerance`` of the most likely token's; above 0 each
+    token's share of the cumulative distribution must be the one its uniform falls in, or lie
+    within ``tolerance`` of it.
 
     Raises:
         InvalidRequest: an audit was asked of a policy that holds another adapter.
     """
     checks = _Checklist()
-    limits = _limits(policy, task.prompts, 1, task.max_tokens)
+    limits = _limits(policy, task.prompts, task.samples_per_prompt, task.max_tokens)
     try:
         payload = checks.common(
             task, result, data, len(task.prompts), lambda: EvaluatePayload.decode(data, limits)
@@ -172,7 +173,7 @@ def verify_evaluate(
         checks.rewards(payload, rewards)
         if audit:
             require_version(policy, task.policy)
-            _audit_greedy(checks, policy, payload, prompts, tolerance)
+            _audit_evaluation(checks, policy, task, payload, prompts, tolerance)
     except _FailedError:
         return EvaluateVerification(checks=tuple(checks.done))
     return EvaluateVerification(checks=tuple(checks.done), payload=payload, rewards=rewards)
@@ -186,37 +187,34 @@ def verify_gradient(
     slice_bytes: bytes,
     *,
     audit: bool,
-    tolerance: float = GRADIENT_TOLERANCE,
+    evidence: ResidualEvidence = ResidualEvidence(),  # noqa: B008  # frozen
 ) -> GradientVerification:
     """Whether ``data`` is an honest answer to ``task`` over ``slice_bytes``.
 
-    Without audit this catches what is malformed, empty or absurdly large, and no more; on
-    audit ``policy`` must hold the task's adapter, and the gradient is recomputed.
+    Without audit this catches what is malformed, empty, absurdly large, or continues from a
+    residual its node does not have, and no more; on audit ``policy`` must hold the task's
+    adapter, and the gradient is recomputed and encoded with the residual in ``evidence``.
 
     Raises:
         InvalidRequest: an audit was asked of a policy that holds another adapter.
     """
     checks = _Checklist()
-    rows = GradientSlice.decode(
-        slice_bytes,
-        num_rows=task.num_rows,
-        num_prompts=task.num_groups,
-        vocab_size=policy.vocab_size,
-    )
+    rows = decode_slice(policy, task, slice_bytes)
     try:
         payload = checks.common(
             task,
             result,
             data,
             task.num_groups,
-            lambda: GradientPayload.decode(data, policy.shapes()),
+            lambda: GradientPayload.decode(data, policy.shapes(), task.gradient.codec),
         )
         checks.num_tokens(result, rows.num_tokens)
-        checks.gradient_is_sane(payload, rows)
+        checks.gradient(check_plausible(payload, task, rows))
+        checks.gradient(check_link(payload, evidence))
         if audit:
             require_version(policy, task.policy)
-            honest = differentiate(policy, task.loss, task.temperature, rows)
-            checks.gradient_is_equal(payload, honest, tolerance)
+            for check in recomputed_checks(policy, task, rows, payload, evidence):
+                checks.gradient(check)
     except _FailedError:
         return GradientVerification(checks=tuple(checks.done))
     return GradientVerification(checks=tuple(checks.done), payload=payload)
@@ -317,37 +315,8 @@ class _Checklist:
             detail += f"; {differing} of {len(rewards)} claims differ and are ignored"
         self.record(CheckName.REWARDS, True, detail)
 
-    def gradient_is_sane(self, payload: GradientPayload, rows: GradientSlice) -> None:
-        teaching = [len(rows.token_ids[n]) for n in np.flatnonzero(rows.advantages)]
-        norm, limit = payload.norm(), MAX_NORM_PER_TOKEN * max(sum(teaching), 1)
-        if payload.stats.num_tokens != sum(teaching):
-            detail = f"{payload.stats.num_tokens:g} tokens counted where {sum(teaching)} teach"
-            self.record(CheckName.GRADIENT, False, detail)
-        clipped = payload.stats.clipped_low + payload.stats.clipped_high
-        if norm == 0 and clipped < sum(teaching):
-            self.record(CheckName.GRADIENT, False, "the gradient is zero though rows teach")
-        detail = f"norm {norm:.4g}, at most {limit:.4g} is plausible"
-        self.record(CheckName.GRADIENT, norm <= limit, detail)
-
-    def gradient_is_equal(
-        self, payload: GradientPayload, honest: GradientPayload, tolerance: float
-    ) -> None:
-        squares = sum(
-            float(np.square(payload.gradients[name].astype(np.float64) - array).sum())
-            for name, array in honest.gradients.items()
-        )
-        difference, norm = squares**0.5, honest.norm()
-        self.record(
-            CheckName.GRADIENT,
-            difference <= tolerance * norm,
-            f"recomputed: differs by {difference:.3g} of norm {norm:.3g}, {tolerance:g} allowed",
-        )
-        for name in STATS_FIELDS:
-            claimed, ours = getattr(payload.stats, name), getattr(honest.stats, name)
-            # One token on the edge of a clip may fall on either side.
-            if abs(claimed - ours) > 1.0 + 1e-3 * abs(ours):
-                detail = f"{name} is {claimed:.4g} where {ours:.4g} was recomputed"
-                self.record(CheckName.GRADIENT, False, detail)
+    def gradient(self, finding: Finding) -> None:
+        self.record(CheckName.GRADIENT, finding.passed, finding.detail)
 
 
 def _limits(
@@ -395,19 +364,44 @@ def _audit_logprobs(
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
 
 
-def _audit_greedy(
+def _audit_evaluation(
     checks: _Checklist,
     policy: Policy,
+    task: EvaluateTask,
     payload: EvaluatePayload,
     prompts: Prompts,
     tolerance: float,
 ) -> None:
+    rows = [prompt for prompt in prompts for _ in range(task.samples_per_prompt)]
+    uniforms_bt = evaluation_uniforms_bt(task)
     worst = 0.0
-    for _, logprobs_btv, ids_bt, mask_bt in _recomputed(policy, prompts, payload, 1.0):
-        ours_bt = logprobs_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2)
-        worst = max(worst, float(((logprobs_btv.amax(dim=2) - ours_bt) * mask_bt).max()))
-    detail = f"recomputed: a token was {worst:.3g} below the likeliest, {tolerance:g} allowed"
+    for part, logprobs_btv, ids_bt, mask_bt in _recomputed(
+        policy, rows, payload, sampling_temperature(task)
+    ):
+        if uniforms_bt is None:
+            ours_bt = logprobs_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2)
+            off_bt = logprobs_btv.amax(dim=2) - ours_bt
+        else:
+            drawn_bt = torch.from_numpy(uniforms_bt[part, : ids_bt.shape[1]])
+            off_bt = _off_draw_bt(logprobs_btv, ids_bt, drawn_bt)
+        worst = max(worst, float(off_bt[mask_bt].max()))
+    what = "below the likeliest" if uniforms_bt is None else "from the one that had to be drawn"
+    detail = f"recomputed: a token was {worst:.3g} {what}, {tolerance:g} allowed"
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
+
+
+def _off_draw_bt(
+    logprobs_btv: torch.Tensor, ids_bt: torch.Tensor, uniforms_bt: torch.Tensor
+) -> torch.Tensor:
+    """How far each uniform lies outside its token's share of the cumulative distribution.
+
+    The rule of the draw is that of `shoal.models.sampling.select_tokens_b`.
+    """
+    cumulative_btv = logprobs_btv.double().exp_().cumsum(dim=2)
+    targets_bt = uniforms_bt * cumulative_btv[:, :, -1]
+    upper_bt = cumulative_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2)
+    lower_bt = upper_bt - logprobs_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2).double().exp()
+    return torch.maximum(lower_bt - targets_bt, targets_bt - upper_bt).clamp(min=0.0)
 
 
 def _recomputed(

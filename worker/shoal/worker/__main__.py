@@ -15,6 +15,7 @@ from shoal.protocol.errors import ShoalError
 from shoal.protocol.process import parse_pairs, report_error
 from shoal.worker.config import (
     ENVIRONMENT_PREFIX,
+    LOCAL_RAY,
     Capacity,
     FloorPrices,
     WorkerConfig,
@@ -54,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for option, metavar, text in texts:
         parser.add_argument(f"--{option}", metavar=metavar, help=text)
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const=LOCAL_RAY,
+        metavar="RAY_ADDRESS",
+        help="share each task among the actors of a Ray cluster of your own: the one whose head "
+        "is at HOST:PORT, or one started on this machine",
+    )
     units = {"rollout": "rolled-out group", "gradient": "differentiated group"}
     for kind in FloorPrices.model_fields:
         parser.add_argument(
@@ -95,6 +104,7 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     names = ("orchestrator", "name", "stake", "data_dir", "rpc_url", "device")
     options = {name: getattr(arguments, name) for name in names}
+    options["ray.address"] = arguments.ray
     for kind in FloorPrices.model_fields:
         options[f"price.{kind}"] = getattr(arguments, f"price_{kind}")
     if (groups := arguments.capacity) is not None:

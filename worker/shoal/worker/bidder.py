@@ -11,6 +11,7 @@ from shoal.protocol.errors import PeerFault, ShoalError
 from shoal.protocol.market import MAX_UNITS, Bid, BidReceipt, TaskKind
 from shoal.protocol.node import BID_PROTOCOL, OpenJob
 from shoal.protocol.signing import Signed, sign
+from shoal.worker.capacity import CapacityNow
 from shoal.worker.config import WorkerConfig
 from shoal.worker.events import log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
@@ -31,22 +32,26 @@ class Decision:
     decline: str | None
 
 
-def decide(jobs: Iterable[OpenJob], config: WorkerConfig) -> tuple[Decision, ...]:
+def decide(
+    jobs: Iterable[OpenJob], config: WorkerConfig, capacity: CapacityNow
+) -> tuple[Decision, ...]:
     """For every open job and every kind in it, whether a bid is worth making."""
     return tuple(
         Decision(
             job_id=job.job_id,
             kind=kind,
             price_micros=config.price.micros(kind),
-            decline=_decline(reserve, kind, config),
+            decline=_decline(reserve, kind, config, capacity),
         )
         for job in jobs
         for kind, reserve in job.reserve_micros.items()
     )
 
 
-def _decline(reserve_micros: int, kind: TaskKind, config: WorkerConfig) -> str | None:
-    if config.capacity.units(kind) == 0:
+def _decline(
+    reserve_micros: int, kind: TaskKind, config: WorkerConfig, capacity: CapacityNow
+) -> str | None:
+    if capacity.units(kind) == 0:
         return "no_capacity"
     return "above_reserve" if reserve_micros < config.price.micros(kind) else None
 
@@ -55,7 +60,8 @@ class Bidder:
     """Keeps the worker's standing bids with the orchestrator.
 
     Args:
-        config: Floor prices and capacities.
+        config: Floor prices.
+        capacity: How much the worker takes just now.
         credentials: The account that signs.
         link: The way to the orchestrator.
         book: Where bids and their receipts are kept.
@@ -65,12 +71,14 @@ class Bidder:
     def __init__(
         self,
         config: WorkerConfig,
+        capacity: CapacityNow,
         credentials: Credentials,
         link: Link,
         book: EvidenceBook,
         time: TimeSource,
     ) -> None:
         self._config = config
+        self._capacity = capacity
         self._credentials = credentials
         self._link = link
         self._book = book
@@ -84,6 +92,10 @@ class Bidder:
         """Whether there are open jobs and none pays this worker's floor."""
         return bool(self._declined) and not self._valid_until_ms
 
+    def renew(self, kind: TaskKind) -> None:
+        """The bids of ``kind`` are sent anew: what the worker takes has changed."""
+        self._valid_until_ms = {k: v for k, v in self._valid_until_ms.items() if k[1] is not kind}
+
     def forget(self) -> None:
         """Every bid will be sent anew; a restarted orchestrator may hold none."""
         self._valid_until_ms.clear()
@@ -93,7 +105,7 @@ class Bidder:
 
         A bid that fails to be sent is logged and tried again at the next call.
         """
-        decisions = decide(jobs, self._config)
+        decisions = decide(jobs, self._config, self._capacity)
         wanted = {(d.job_id, d.kind) for d in decisions if d.decline is None}
         self._valid_until_ms = {k: v for k, v in self._valid_until_ms.items() if k in wanted}
         self._note_declined(decisions)
@@ -116,7 +128,7 @@ class Bidder:
             epoch_from=0,
             epoch_to=MAX_UNITS,
             price_micros=decision.price_micros,
-            capacity=self._config.capacity.units(decision.kind),
+            capacity=self._capacity.units(decision.kind),
             account=self._credentials.address,
             node=self._credentials.node,
             valid_until_ms=now_ms + BID_VALIDITY_MS,

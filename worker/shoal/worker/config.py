@@ -19,7 +19,9 @@ from shoal.protocol.money import Micros, parse_dollars
 from shoal.protocol.record import first_fault
 
 ENVIRONMENT_PREFIX: Final = "SHOAL_WORKER_"
-_SECTIONS: Final = ("price", "capacity")
+MAX_CAPACITY: Final = 1 << 20
+LOCAL_RAY: Final = "local"
+"""The Ray address that asks for a cluster of our own on this machine."""
 
 
 class Device(StrEnum):
@@ -69,13 +71,41 @@ class FloorPrices(_Section):
 class Capacity(_Section):
     """How many units of each kind the worker holds at once; 0 declines the kind."""
 
-    rollout: int = Field(default=64, ge=0, le=1 << 20)
-    gradient: int = Field(default=64, ge=0, le=1 << 20)
-    evaluate: int = Field(default=512, ge=0, le=1 << 20)
+    rollout: int = Field(default=64, ge=0, le=MAX_CAPACITY)
+    gradient: int = Field(default=64, ge=0, le=MAX_CAPACITY)
+    evaluate: int = Field(default=512, ge=0, le=MAX_CAPACITY)
 
     def units(self, kind: TaskKind) -> int:
         """The most units of ``kind`` in flight."""
         return int(getattr(self, kind.value))
+
+
+class RaySettings(_Section):
+    """A Ray cluster of the provider's own that computes in place of this process.
+
+    Attributes:
+        address: ``HOST:PORT`` of the cluster's head, or ``local`` to start one on this machine;
+            absent uses no Ray.
+        actors: Processes that share each task; absent takes as many as fit.
+        cpus_per_actor: CPUs each declares.
+        gpus_per_actor: GPUs each declares; absent is one where the cluster has any.
+        object_store_bytes: Shared memory of a cluster started here.
+        cache_dir: Where the cluster's other nodes keep bases.
+    """
+
+    address: str | None = Field(default=None, min_length=1, max_length=500)
+    actors: int | None = Field(default=None, ge=1, le=4096)
+    cpus_per_actor: float = Field(default=1.0, ge=0.01, le=1024)
+    gpus_per_actor: float | None = Field(default=None, ge=0, le=64)
+    object_store_bytes: int = Field(default=256 << 20, ge=80 << 20)
+    cache_dir: Path = Path("~/.cache/shoal/bases")
+
+
+_SECTIONS: Final[dict[str, type[_Section]]] = {
+    "price": FloorPrices,
+    "capacity": Capacity,
+    "ray": RaySettings,
+}
 
 
 class WorkerConfig(_Section):
@@ -92,6 +122,7 @@ class WorkerConfig(_Section):
             never moves money.
         rpc_url: A chain node of the provider's own; absent uses the orchestrator's proposals.
         device: Where the model runs.
+        ray: A cluster of the provider's own to compute on.
         niceness: How far below other programs the process runs (0 to 19).
         claim_interval_s: Pause between two looks at what is owed.
         claim_min: Dollars below which an unfinished job's pay is left to grow.
@@ -116,6 +147,7 @@ class WorkerConfig(_Section):
     stake: Dollars | None = None
     rpc_url: str | None = Field(default=None, max_length=500)
     device: Device = Device.AUTO
+    ray: RaySettings = RaySettings()
     niceness: int = Field(default=5, ge=0, le=19)
     claim_interval_s: float = Field(default=30.0, ge=0.1, le=86_400)
     claim_min: Dollars = "0.01"
@@ -129,6 +161,16 @@ class WorkerConfig(_Section):
     def folder(self) -> Path:
         """``data_dir`` with ``~`` filled in."""
         return self.data_dir.expanduser()
+
+    def with_actors(self, num_actors: int) -> WorkerConfig:
+        """The same with ``num_actors`` times the default capacity, where none was set."""
+        default = Capacity()
+        scaled = {
+            kind: min(num_actors * getattr(default, kind), MAX_CAPACITY)
+            for kind in Capacity.model_fields
+            if kind not in self.capacity.model_fields_set
+        }
+        return self.model_copy(update={"capacity": self.capacity.model_copy(update=scaled)})
 
     @property
     def account_path(self) -> Path:
@@ -224,7 +266,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _known_keys() -> list[str]:
     keys = [key for key in WorkerConfig.model_fields if key not in _SECTIONS]
-    for section, model in (("price", FloorPrices), ("capacity", Capacity)):
+    for section, model in _SECTIONS.items():
         keys += [f"{section}.{key}" for key in model.model_fields]
     return keys
 

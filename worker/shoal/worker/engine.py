@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shoal.protocol.canonical import digest_of, sha256_hex
 from shoal.protocol.errors import PeerFault
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from shoal.models.policy import Policy
     from shoal.rl.environments import Environment
 
-_MAX_POLICIES: Final = 2
+_MAX_BASES: Final = 2
 """A second base stays loaded so that two jobs can alternate; more would cost their memory."""
+_MAX_POLICIES: Final = 8
+"""Adapters of as many shapes stay loaded over those bases; each costs its own size only."""
 _MAX_ENVIRONMENTS: Final = 16
 
 
 class PolicyEngine:
     """Computes rollouts, gradients and evaluations with `shoal.rl`.
+
+    A base is in memory once, however many jobs train adapters over it.  A job that trains
+    every weight has a copy of its own.
 
     Args:
         device: Where the model runs.
@@ -36,7 +41,8 @@ class PolicyEngine:
         self._wanted = device
         self._num_threads = num_threads
         self._device: str | None = None
-        self._policies: OrderedDict[str, tuple[Policy, str]] = OrderedDict()
+        self._bases: OrderedDict[str, Any] = OrderedDict()
+        self._policies: OrderedDict[tuple[str, str], tuple[Policy, str]] = OrderedDict()
         self._environments: OrderedDict[str, Environment] = OrderedDict()
 
     def prepare(self) -> None:
@@ -58,9 +64,12 @@ class PolicyEngine:
         started_s = time.monotonic()
         policy, policy_sha256 = self._load(task, inputs)
         on_progress()
-        payload, num_tokens = self._compute(policy, task, inputs, lambda *_: on_progress())
+        payload, num_tokens, residual = self._compute(
+            policy, task, inputs, lambda *_: on_progress()
+        )
         return TaskOutput(
             payload=payload,
+            residual=residual,
             policy_sha256=policy_sha256,
             num_tokens=num_tokens,
             compute_ms=int((time.monotonic() - started_s) * 1000),
@@ -78,13 +87,13 @@ class PolicyEngine:
                 evidence=loaded,
                 code="wrong_policy",
             )
-        key = digest_of([inputs.base_sha256, task.lora and task.lora.to_json()])
+        key = (inputs.base_sha256, digest_of(task.lora and task.lora.to_json()))
         policy, held = self._policies.get(key) or (self._open(task, inputs), "")
         adapter_sha256 = sha256_hex(inputs.adapter)
         if held != adapter_sha256:
             # Forgotten first: a load that fails half-way must not leave a wrong name behind.
             self._policies.pop(key, None)
-            policy.load_adapter(inputs.adapter)
+            _load_adapter(policy, inputs.adapter)
         self._policies[key] = (policy, adapter_sha256)
         self._policies.move_to_end(key)
         return policy, loaded
@@ -94,33 +103,52 @@ class PolicyEngine:
 
         while len(self._policies) >= _MAX_POLICIES:
             self._policies.popitem(last=False)
+        base = None if task.lora is None else self._base(inputs)
         # The seed is moot: the task's own adapter replaces the fresh one at once.
-        return Policy.load(inputs.base_folder, task.lora, seed=0, device=self._resolved_device())
+        return Policy.load(
+            inputs.base_folder, task.lora, seed=0, device=self._resolved_device(), base=base
+        )
+
+    def _base(self, inputs: TaskInput) -> Any:
+        """The base's weights, which every adapter over it shares."""
+        from shoal.models.base import load_model
+
+        if inputs.base_sha256 not in self._bases:
+            while len(self._bases) >= _MAX_BASES:
+                dropped, _ = self._bases.popitem(last=False)
+                for key in [key for key in self._policies if key[0] == dropped]:
+                    del self._policies[key]
+            base = load_model(inputs.base_folder)
+            self._bases[inputs.base_sha256] = base.to(self._resolved_device())
+        self._bases.move_to_end(inputs.base_sha256)
+        return self._bases[inputs.base_sha256]
 
     def _compute(
         self, policy: Policy, task: AnyTask, inputs: TaskInput, on_progress: Callable[[int], None]
-    ) -> tuple[bytes, int]:
-        """The payload, and how many completion tokens are in the work."""
+    ) -> tuple[bytes, int, bytes | None]:
+        """The payload, how many completion tokens are in the work, and the residual it left."""
         match task:
             case RolloutTask():
                 from shoal.rl.rollout import run_rollout
 
                 environments = self._environments_of(task.environments)
                 payload = run_rollout(policy, task, environments, on_progress)
-                return payload, _count_tokens(payload)
+                return payload, _count_tokens(payload), None
             case EvaluateTask():
                 from shoal.rl.evaluation import run_evaluate
 
                 environments = self._environments_of(task.environments)
                 payload = run_evaluate(policy, task, environments, on_progress)
-                return payload, _count_tokens(payload)
+                return payload, _count_tokens(payload), None
             case GradientTask():
                 from shoal.rl.gradient import run_gradient
 
                 if inputs.batch_slice is None:
                     raise PeerFault("A gradient task came without its slice.", code="no_slice")
-                payload = run_gradient(policy, task, inputs.batch_slice, on_progress)
-                return payload, _count_tokens(inputs.batch_slice)
+                answer = run_gradient(
+                    policy, task, inputs.batch_slice, on_progress, residual=inputs.residual
+                )
+                return answer.payload, _count_tokens(inputs.batch_slice), answer.residual
 
     def _environments_of(self, specs: Sequence[EnvSpec]) -> list[Environment]:
         from shoal.rl.environments import load_environment
@@ -139,6 +167,17 @@ class PolicyEngine:
         if self._device is None:
             self._device = _best_device() if self._wanted is Device.AUTO else self._wanted.value
         return self._device
+
+
+def _load_adapter(policy: Policy, adapter: bytes) -> None:
+    try:
+        policy.load_adapter(adapter)
+    except PeerFault as error:
+        raise PeerFault(
+            f"The task's adapter is for another base or of another shape: {error.message}",
+            evidence=error.evidence,
+            code="wrong_adapter",
+        ) from error
 
 
 def _best_device() -> str:

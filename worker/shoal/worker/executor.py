@@ -1,10 +1,13 @@
-"""Accepted leases: fetched ahead, run one at a time, dropped when revoked or too late."""
+"""Accepted leases: fetched ahead, run one at a time, given back when they cannot be done.
+
+Turns come in the order in which leases came, and belong to jobs: in its turn a job's most
+urgent task runs, so one job's gradients overtake its own rollouts and nobody else's.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -14,8 +17,9 @@ from typing import Final
 
 from shoal.protocol.errors import Clock, Expired
 from shoal.protocol.market import Lease, TaskKind
-from shoal.protocol.node import LeaseOffer, LeaseProgress
+from shoal.protocol.node import FailureCause, LeaseOffer, LeaseProgress
 from shoal.worker.events import log_event, log_failure
+from shoal.worker.failures import cause_of
 from shoal.worker.materials import Materials
 from shoal.worker.offers import PRIORITY
 from shoal.worker.ports import Engine, TaskInput, TaskOutput
@@ -34,7 +38,11 @@ class Assignment:
     Attributes:
         offer: The lease and its task.
         received_s: Monotonic time at which it came.
-        progress: Rises with every step of work; heartbeats report it.
+        arrival: How many leases came before it.
+        turn: When it is its job's turn to run something; at first its ``arrival``.
+        first_step: Steps this worker had done when it came.
+        inputs: Its bytes, once they are here.
+        running: Whether it is being computed, or was.
         computed: Whether the result is ready, and perhaps on its way.
         stop: Set when the work is to end, whatever the reason.
         fetched: Set when its bytes are here, or never will be.
@@ -43,7 +51,11 @@ class Assignment:
 
     offer: LeaseOffer
     received_s: float
-    progress: int = 0
+    arrival: int
+    turn: int
+    first_step: int
+    inputs: TaskInput | None = None
+    running: bool = False
     computed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     fetched: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,15 +82,17 @@ class Assignment:
 
 
 Deliver = Callable[[Assignment, TaskOutput], Awaitable[None]]
+GiveBack = Callable[[Assignment, FailureCause, str], Awaitable[None]]
 
 
 class Executor:
-    """Holds leases and works through them: gradients, then evaluations, then rollouts.
+    """Holds leases and works through them: of a job gradients, then evaluations, then rollouts.
 
     Args:
         materials: Where task bytes come from.
         engine: What computes.
         deliver: Hands a finished task in; awaited beside further compute.
+        give_back: Tells the orchestrator why a lease will not be done.
         monotonic_s: The machine's monotonic clock.
     """
 
@@ -87,15 +101,17 @@ class Executor:
         materials: Materials,
         engine: Engine,
         deliver: Deliver,
+        give_back: GiveBack,
         monotonic_s: Callable[[], float],
     ) -> None:
         self._materials = materials
         self._engine = engine
         self._deliver = deliver
+        self._give_back = give_back
         self._monotonic_s = monotonic_s
         self._held: dict[str, Assignment] = {}
-        self._ready: list[tuple[int, int, Assignment, TaskInput]] = []
-        self._order = itertools.count()
+        self._arrivals = itertools.count()
+        self._steps = 0
         self._has_ready = asyncio.Event()
         self._fetches = asyncio.Semaphore(_MAX_FETCHES)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,10 +139,16 @@ class Executor:
         )
 
     def progress(self) -> tuple[LeaseProgress, ...]:
-        """How far every held lease has come."""
+        """How far every held lease has come.
+
+        A lease that waits for its turn comes nearer with each step of those before it, so it
+        counts this worker's steps since it came, whatever they were for.
+        """
         return tuple(
             LeaseProgress(
-                lease_id=a.lease.lease_id, lease_epoch=a.lease.lease_epoch, progress=a.progress
+                lease_id=a.lease.lease_id,
+                lease_epoch=a.lease.lease_epoch,
+                progress=self._steps - a.first_step,
             )
             for a in self._held.values()
         )
@@ -139,7 +161,14 @@ class Executor:
         older = self._held.get(offer.lease.record.lease_id)
         if older is not None:
             self._drop(older, "superseded")
-        assignment = Assignment(offer=offer, received_s=self._monotonic_s())
+        arrival = next(self._arrivals)
+        assignment = Assignment(
+            offer=offer,
+            received_s=self._monotonic_s(),
+            arrival=arrival,
+            turn=arrival,
+            first_step=self._steps,
+        )
         self._held[assignment.lease.lease_id] = assignment
         self._start(self._prepare(assignment))
         return assignment
@@ -152,30 +181,55 @@ class Executor:
                 self._drop(assignment, "revoked")
 
     async def run(self) -> None:
-        """Works until cancelled; a task that fails is logged and its lease left to expire."""
+        """Works until cancelled; a task that fails is logged and its lease given back."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.prepare)
         log_event("engine_ready")
         while True:
             await self._has_ready.wait()
-            if not self._ready:
+            first = self._next()
+            if first is None:
                 self._has_ready.clear()
                 continue
-            await self._wait_for_urgent()
-            _, _, assignment, inputs = heapq.heappop(self._ready)
-            if self._held.get(assignment.lease.lease_id) is assignment:
-                await self._compute(assignment, inputs)
+            await self._wait_for_urgent(first)
+            assignment = self._next()
+            if assignment is not None and assignment.inputs is not None:
+                self._take_turn(assignment)
+                await self._compute(assignment, assignment.inputs)
 
-    async def _wait_for_urgent(self) -> None:
-        """What is ready waits a moment for more urgent work whose bytes are just arriving.
+    def _next(self) -> Assignment | None:
+        """The most urgent ready task of the job whose turn is the earliest."""
+        waiting = self._waiting()
+        ready = [a for a in waiting if a.inputs is not None]
+        if not ready:
+            return None
+        jobs = {a.lease.job_id for a in ready}
+        job_id = next(a.lease.job_id for a in waiting if a.lease.job_id in jobs)
+        of_job = (a for a in ready if a.lease.job_id == job_id)
+        return min(of_job, key=lambda a: (PRIORITY[a.lease.kind], a.arrival))
+
+    def _waiting(self) -> list[Assignment]:
+        """Held leases that were not begun, by their turns."""
+        return sorted((a for a in self._held.values() if not a.running), key=lambda a: a.turn)
+
+    def _take_turn(self, assignment: Assignment) -> None:
+        """Uses the job's earliest turn up; the lease it was won with gets this one's for it."""
+        job_id = assignment.lease.job_id
+        earliest = next(a for a in self._waiting() if a.lease.job_id == job_id)
+        earliest.turn, assignment.turn = assignment.turn, earliest.turn
+        assignment.running = True
+
+    async def _wait_for_urgent(self, first: Assignment) -> None:
+        """What is ready waits a moment for its job's more urgent work that is just arriving.
 
         A task is never interrupted for another, so starting a rollout now would hold up the
         gradient that the whole job waits for.
         """
-        first = self._ready[0][0]
         coming = [
             a.fetched.wait()
-            for a in self._held.values()
-            if PRIORITY[a.lease.kind] < first and not a.fetched.is_set()
+            for a in self._waiting()
+            if a.lease.job_id == first.lease.job_id
+            and PRIORITY[a.lease.kind] < PRIORITY[first.lease.kind]
+            and not a.fetched.is_set()
         ]
         if coming:
             with contextlib.suppress(TimeoutError):
@@ -183,7 +237,14 @@ class Executor:
                     await asyncio.gather(*coming)
 
     async def close(self, grace_s: float) -> None:
-        """Finished work was given ``grace_s`` to be handed in; everything else is dropped."""
+        """Finished work was given ``grace_s`` to be handed in; everything else is given back."""
+        for assignment in tuple(self._held.values()):
+            if not assignment.computed:
+                self._drop(assignment, "stopping")
+                self._start(
+                    self._tell(assignment, FailureCause.STOPPING, "the worker is stopping"),
+                    name="deliver",
+                )
         delivering = {task for task in self._tasks if task.get_name() == "deliver"}
         if delivering:
             await asyncio.wait(delivering, timeout=grace_s)
@@ -195,7 +256,6 @@ class Executor:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _prepare(self, assignment: Assignment) -> None:
-        lease = assignment.lease
         try:
             async with self._fetches:
                 left_s = assignment.cutoff_s - self._monotonic_s()
@@ -203,16 +263,16 @@ class Executor:
                     assignment.offer.task, self.sources, timeout_s=max(left_s, 0.0)
                 )
         except Exception as error:  # one bad task must not end the worker
-            self._fail(assignment, "fetch_failed", error)
+            self._fail(assignment, "fetch_failed", error, fetching=True)
             return
-        assignment.progress += 1
+        self._steps += 1
+        assignment.inputs = inputs
         assignment.fetched.set()
-        heapq.heappush(self._ready, (PRIORITY[lease.kind], next(self._order), assignment, inputs))
         self._has_ready.set()
 
     async def _compute(self, assignment: Assignment, inputs: TaskInput) -> None:
         def step() -> None:
-            assignment.progress += 1
+            self._steps += 1
             self._require_live(assignment)
 
         def work() -> TaskOutput:
@@ -226,7 +286,7 @@ class Executor:
         except Exception as error:  # one bad task must not end the worker
             self._fail(assignment, "task_failed", error)
             return
-        assignment.progress += 1
+        self._steps += 1
         assignment.computed = True
         _log("task_computed", assignment, compute_ms=output.compute_ms)
         self._start(self._hand_in(assignment, output), name="deliver")
@@ -235,7 +295,9 @@ class Executor:
         try:
             await self._deliver(assignment, output)
         except Exception as error:  # costs the lease, not the worker
-            self._fail(assignment, "result_failed", error)
+            if not assignment.stop.is_set():
+                _log_failure("result_failed", error, assignment)
+            self._forget(assignment)
             return
         self._release(assignment)
 
@@ -256,11 +318,22 @@ class Executor:
                 lease_id=lease_id,
             )
 
-    def _fail(self, assignment: Assignment, event: str, error: Exception) -> None:
-        lease = assignment.lease
+    def _fail(
+        self, assignment: Assignment, event: str, error: Exception, *, fetching: bool = False
+    ) -> None:
+        # A lease that was taken back is nobody's failure, and needs no giving back.
         if not assignment.stop.is_set():
-            log_failure(event, error, job_id=lease.job_id, lease_id=lease.lease_id)
+            _log_failure(event, error, assignment)
+            cause = cause_of(error, fetching=fetching)
+            detail = f"{type(error).__name__}: {error}"
+            self._start(self._tell(assignment, cause, detail), name="deliver")
         self._forget(assignment)
+
+    async def _tell(self, assignment: Assignment, cause: FailureCause, detail: str) -> None:
+        try:
+            await self._give_back(assignment, cause, detail)
+        except Exception as error:  # the orchestrator's own clocks end the lease then
+            _log_failure("failure_not_told", error, assignment)
 
     def _drop(self, assignment: Assignment, why: str) -> None:
         assignment.stop.set()
@@ -281,6 +354,11 @@ class Executor:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _log_failure(event: str, error: Exception, assignment: Assignment) -> None:
+    lease = assignment.lease
+    log_failure(event, error, job_id=lease.job_id, lease_id=lease.lease_id)
 
 
 def _log(event: str, assignment: Assignment, **fields: str | int) -> None:

@@ -18,7 +18,7 @@ from shoal.worker.earnings import Collector
 from shoal.worker.events import configure_logging, log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
 from shoal.worker.node import Parts, WorkerNode
-from shoal.worker.ports import ProviderChain
+from shoal.worker.ports import Engine, ProviderChain
 from shoal.worker.session import Credentials, Link, find_addresses, greet
 from shoal.worker.stake import Unstaked, take_back_stake
 
@@ -71,6 +71,7 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
     from shoal.network.blob_store import BlobStore
     from shoal.network.libp2p_node import Libp2pNode
     from shoal.worker.engine import PolicyEngine
+    from shoal.worker.site import open_engine
 
     credentials = load_credentials(config)
     log_event("starting", node=credentials.node, account=credentials.address)
@@ -81,12 +82,20 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
         async def connect(greeting: HelloReply) -> ProviderChain:
             return await resources.enter_async_context(_chain(config, credentials, greeting))
 
+        engine: Engine = PolicyEngine(config.device, config.num_threads)
+        if config.ray.address is not None:
+            # In a thread, and before anything is bid for: it takes seconds, and may be refused.
+            site = await asyncio.to_thread(open_engine, config)
+            resources.push_async_callback(asyncio.to_thread, site.close)
+            config = config.with_actors(site.num_actors)
+            log_event("site_joined", actors=site.num_actors)
+            engine = site
         parts = Parts(
             network=Libp2pNode(credentials.identity),
             credentials=credentials,
             connect_chain=connect,
             blobs=blobs,
-            engine=PolicyEngine(config.device, config.num_threads),
+            engine=engine,
             device=_device_name(config.device),
         )
         await WorkerNode(config, parts).run(stop)

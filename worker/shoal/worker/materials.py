@@ -7,10 +7,11 @@ import hashlib
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from shoal.models.base import require_allowed_files
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import PeerFault
@@ -58,6 +59,37 @@ class Materials:
             batch_slice=batch_slice,
         )
 
+    async def describe_base(
+        self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float
+    ) -> BaseModelRef:
+        """The base that the blob ``ref`` describes: its files, none of them fetched yet.
+
+        Raises:
+            Unavailable, Expired: no source has it just now.
+            PeerFault: it is no base, or lists files that are no model's.
+        """
+        path = await self._blobs.fetch(ref, sources, timeout_s=timeout_s)
+        base = BaseModelRef.decode(await asyncio.to_thread(path.read_bytes))
+        require_allowed_files(base)
+        return base
+
+    async def prepare_base(
+        self,
+        base: BaseModelRef,
+        sources: Sequence[str],
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """The base lies on this disk, verified.
+
+        Raises:
+            Unavailable: no source has it just now.
+            PeerFault: what arrived is not what ``base`` names.
+            Expired: it took longer than ``timeout_s``.
+        """
+        await self._base(base, sources, timeout_s, on_bytes)
+
     async def _adapter(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
         cached = self._adapters.get(ref.sha256)
         if cached is not None:
@@ -71,7 +103,13 @@ class Materials:
             total -= len(self._adapters.popitem(last=False)[1])
         return data
 
-    async def _base(self, base: BaseModelRef, sources: Sequence[str], timeout_s: float) -> Path:
+    async def _base(
+        self,
+        base: BaseModelRef,
+        sources: Sequence[str],
+        timeout_s: float,
+        on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    ) -> Path:
         digest = base.content_digest()
         async with self._base_locks.setdefault(digest, asyncio.Lock()):
             known = self._checked.get(digest)
@@ -79,7 +117,7 @@ class Materials:
                 return known
             folder = self._directory / digest
             if not folder.is_dir():
-                await self._fetch_base(base, folder, sources, timeout_s)
+                await self._fetch_base(base, folder, sources, timeout_s, on_bytes)
             found = await asyncio.to_thread(_digest_of_folder, base, folder)
             if found != digest:
                 await asyncio.to_thread(shutil.rmtree, folder)
@@ -93,13 +131,20 @@ class Materials:
             return folder
 
     async def _fetch_base(
-        self, base: BaseModelRef, folder: Path, sources: Sequence[str], timeout_s: float
+        self,
+        base: BaseModelRef,
+        folder: Path,
+        sources: Sequence[str],
+        timeout_s: float,
+        on_bytes: Callable[[int], None],
     ) -> None:
         draft = folder.with_name(f"{folder.name}.{os.getpid()}.new")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         for file in base.files:
-            path = await self._blobs.fetch(file.blob, sources, timeout_s=timeout_s)
+            path = await self._blobs.fetch(
+                file.blob, sources, timeout_s=timeout_s, on_bytes=on_bytes
+            )
             await asyncio.to_thread(_place, path, draft / file.path)
         draft.rename(folder)
 

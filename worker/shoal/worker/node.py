@@ -22,8 +22,12 @@ from shoal.protocol.errors import (
 )
 from shoal.protocol.ids import PeerId
 from shoal.protocol.node import (
+    EVIDENCE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     LEASE_PROTOCOL,
+    EvidenceReply,
+    EvidenceRequest,
+    FailureCause,
     Heartbeat,
     HeartbeatReply,
     HelloReply,
@@ -34,15 +38,18 @@ from shoal.protocol.node import (
 )
 from shoal.protocol.result import Verdict
 from shoal.protocol.signing import Signed
+from shoal.worker.bases import BaseKeeper
 from shoal.worker.bidder import Bidder
+from shoal.worker.capacity import CapacityNow
 from shoal.worker.config import WorkerConfig
 from shoal.worker.earnings import Collector
 from shoal.worker.events import log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
-from shoal.worker.executor import Executor
+from shoal.worker.executor import Assignment, Executor
 from shoal.worker.materials import Materials
 from shoal.worker.offers import MAX_HELD_LEASES, Parties, refusal_of, require_genuine
-from shoal.worker.ports import BlobPlane, Engine, ProviderChain
+from shoal.worker.ports import BlobPlane, Engine, ProviderChain, TaskOutput
+from shoal.worker.residuals import FeedbackEngine, ResidualBook
 from shoal.worker.session import Backoff, Credentials, Link, find_addresses, greet, join
 from shoal.worker.stake import ensure_bound, ensure_stake
 from shoal.worker.submit import Drop, Submitter
@@ -98,13 +105,21 @@ class WorkerNode:
         self._submitter = Submitter(
             parts.credentials, self._link, parts.blobs, self._book, parts.monotonic_s
         )
+        self._residuals = ResidualBook(config.folder / "residuals")
+        materials = Materials(config.folder / "bases", parts.blobs)
+        self._bases = BaseKeeper(materials, config.max_base_bytes, self._on_base)
         self._executor = Executor(
-            Materials(config.folder / "bases", parts.blobs),
-            parts.engine,
-            self._submitter.deliver,
+            materials,
+            FeedbackEngine(parts.engine, self._residuals),
+            self._deliver,
+            self._give_back,
             parts.monotonic_s,
         )
-        self._bidder = Bidder(config, parts.credentials, self._link, self._book, parts.time)
+        self._capacity = CapacityNow(config.capacity)
+        self._bidder = Bidder(
+            config, self._capacity, parts.credentials, self._link, self._book, parts.time
+        )
+        self._jobs: tuple[OpenJob, ...] = ()
         self._collector: Collector | None = None
         self._greeting: HelloReply | None = None
         self._acknowledged: dict[str, None] = {}
@@ -121,6 +136,7 @@ class WorkerNode:
         """
         network = self._parts.network
         network.serve(LEASE_PROTOCOL, self._on_lease)
+        network.serve(EVIDENCE_PROTOCOL, self._on_evidence)
         await network.start()
         try:
             await _until(stop, self._keep_session(), self._executor.run(), self._keep_claiming())
@@ -165,11 +181,12 @@ class WorkerNode:
             self._collector = await self._prepare_chain(greeting)
         self._greeting = greeting
         self._submitter.drop = Drop(domain=greeting.domain, blob_urls=greeting.blob_urls)
-        self._executor.sources = greeting.blob_urls
+        self._executor.sources = self._bases.sources = greeting.blob_urls
         bound = credentials.bind(greeting.domain, self._parts.time.now_ms())
         reply = await join(self._link, bound, self._config.name, self._parts.device)
         self._stop_bidding()
         self._bidder.forget()
+        self._residuals.forget()
         self._link.mark_joined()
         log_event(
             "joined", node=credentials.node, account=credentials.address, jobs=len(reply.open_jobs)
@@ -263,6 +280,7 @@ class WorkerNode:
             log_failure("verdict_not_signed", error, lease_id=record.lease_id)
             return
         self._acknowledged[record.lease_id] = None
+        self._residuals.judged(record.lease_id, accepted=record.accepted)
         if self._book.keep_verdict(verdict):
             log_event(
                 "accepted" if record.accepted else "rejected",
@@ -274,11 +292,48 @@ class WorkerNode:
             )
 
     def _note_jobs(self, jobs: tuple[OpenJob, ...]) -> None:
+        self._jobs = jobs
+        self._residuals.retain(job.job_id for job in jobs)
         if self._collector is not None:
             self._collector.note_open(job.job_id for job in jobs)
         # Beside the heartbeats, not between them: a slow bid must not cost running leases.
         if self._bidding is None or self._bidding.done():
-            self._bidding = asyncio.create_task(self._bidder.refresh(jobs, self._parties()))
+            ready = self._bases.with_base(jobs)
+            self._bidding = asyncio.create_task(self._bidder.refresh(ready, self._parties()))
+
+    def _on_base(self) -> None:
+        """Another base is here: its jobs are bid for at once."""
+        if self._link.peer is not None and not self._stopping:
+            self._note_jobs(self._jobs)
+
+    async def _deliver(self, assignment: Assignment, output: TaskOutput) -> None:
+        lease = assignment.lease
+        # Before the result is sent: the orchestrator may ask for its residuals at once.
+        self._residuals.name_lease(lease.lease_id, lease.task_sha256)
+        try:
+            await self._submitter.deliver(assignment, output)
+        except BaseException:
+            self._residuals.give_back(lease.task_sha256)
+            raise
+
+    async def _on_evidence(self, peer: PeerId, payload: bytes) -> bytes:
+        request = EvidenceRequest.decode(payload)
+        self._require_orchestrator(peer)
+        data = await asyncio.to_thread(self._residuals.find, request.lease_id, request.blob_sha256)
+        if data is not None:
+            await self._submitter.upload_evidence(data, request.upload_token)
+        log_event("evidence_asked", lease_id=request.lease_id, uploaded=data is not None)
+        return EvidenceReply(lease_id=request.lease_id, uploaded=data is not None).encode()
+
+    async def _give_back(self, assignment: Assignment, cause: FailureCause, detail: str) -> None:
+        lease = assignment.lease
+        if cause is FailureCause.OUT_OF_MEMORY:
+            self._capacity.halve_below(lease.kind, lease.num_units)
+            self._bidder.renew(lease.kind)
+        await self._submitter.give_back(assignment, cause, detail)
+        log_event(
+            "lease_given_back", job_id=lease.job_id, lease_id=lease.lease_id, cause=cause.value
+        )
 
     def _stop_bidding(self) -> None:
         if self._bidding is not None:
@@ -288,6 +343,8 @@ class WorkerNode:
     def _note_idle(self, reason: IdleReason) -> None:
         if reason is not IdleReason.WORKING and self._bidder.is_priced_out:
             reason = IdleReason.ABOVE_RESERVE
+        elif reason is IdleReason.STARTING and self._bases.is_fetching:
+            reason = IdleReason.FETCHING_BASE
         if reason is not self._idle:
             self._idle = reason
             log_event("idle_reason", reason=reason.value)
@@ -295,16 +352,19 @@ class WorkerNode:
     async def _on_lease(self, peer: PeerId, payload: bytes) -> bytes:
         offer = LeaseOffer.decode(payload)
         lease = offer.lease.record
-        if peer != self._link.peer:
-            raise Unauthorised(
-                "Leases are taken from the orchestrator this worker joined, and from nobody else.",
-                code="not_the_orchestrator",
-            )
+        self._require_orchestrator(peer)
         require_genuine(offer, self._parties())
         refusal = self._take(offer)
         if refusal is not None:
             log_event("lease_refused", lease_id=lease.lease_id, reason=refusal)
         return LeaseReply(lease_id=lease.lease_id, refusal=refusal).encode()
+
+    def _require_orchestrator(self, peer: PeerId) -> None:
+        if peer != self._link.peer:
+            raise Unauthorised(
+                "Leases are taken from the orchestrator this worker joined, and from nobody else.",
+                code="not_the_orchestrator",
+            )
 
     def _take(self, offer: LeaseOffer) -> str | None:
         """None when the offer is held now; else why it is not."""
@@ -317,7 +377,12 @@ class WorkerNode:
             return "the worker is stopping"
         if len(self._executor) >= MAX_HELD_LEASES:
             return f"{MAX_HELD_LEASES} leases are held already"
-        refusal = refusal_of(offer, self._config, self._executor.units_held(lease.kind))
+        refusal = refusal_of(
+            offer,
+            self._config,
+            capacity=self._capacity.units(lease.kind),
+            units_held=self._executor.units_held(lease.kind),
+        )
         if refusal is None:
             self._executor.accept(offer)
             log_event(
@@ -339,6 +404,7 @@ class WorkerNode:
         """Finished work is handed in, pay claimed, the connection closed: within five seconds."""
         self._stopping = True
         self._stop_bidding()
+        await self._bases.close()
         await self._executor.close(_DELIVERY_GRACE_S)
         if self._collector is not None:
             with contextlib.suppress(TimeoutError):

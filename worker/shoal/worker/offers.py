@@ -63,17 +63,19 @@ def units_of(task: AnyTask) -> int:
     return task.num_groups if isinstance(task, GradientTask) else len(task.prompts)
 
 
-def refusal_of(offer: LeaseOffer, config: WorkerConfig, units_held: int) -> str | None:
+def refusal_of(
+    offer: LeaseOffer, config: WorkerConfig, *, capacity: int, units_held: int
+) -> str | None:
     """Why the worker will not do a genuine offer; None when it will.
 
     Args:
         offer: The offer.
-        config: Floor prices, capacities and limits.
+        config: Floor prices and limits.
+        capacity: Units of the kind it takes at once just now.
         units_held: Units of the same kind already in flight.
     """
     lease, task = offer.lease.record, offer.task
     floor = config.price.micros(lease.kind)
-    capacity = config.capacity.units(lease.kind)
     if lease.unit_price_micros < floor:
         return (
             f"the unit price of ${format_dollars(lease.unit_price_micros)} is below the floor "

@@ -66,8 +66,15 @@ class ProviderChain(Protocol):
 class BlobPlane(Protocol):
     """Content-addressed bytes, fetched and handed in."""
 
-    async def fetch(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> Path:
-        """The blob lies on disk, verified against its digest."""
+    async def fetch(
+        self,
+        ref: BlobRef,
+        sources: Sequence[str],
+        *,
+        timeout_s: float,
+        on_bytes: Callable[[int], None] = ...,
+    ) -> Path:
+        """The blob lies on disk, verified; ``on_bytes`` was told how many more came, and when."""
         ...
 
     async def put(self, url: str, data: bytes, token: str, *, timeout_s: float) -> BlobRef:
@@ -84,12 +91,14 @@ class TaskInput:
         base_sha256: Digest computed from those files as they lie on disk.
         adapter: The adapter's safetensors bytes.
         batch_slice: A gradient task's slice; None for the other kinds.
+        residual: What earlier encodings of the job's gradients left out, for error feedback.
     """
 
     base_folder: Path
     base_sha256: Digest
     adapter: bytes
     batch_slice: bytes | None
+    residual: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +112,7 @@ class TaskOutput:
         compute_ms: Time in the compute thread.
         engine: What computed it.
         dtype: In which arithmetic.
+        residual: What the encoding of a gradient with error feedback left out.
     """
 
     payload: bytes
@@ -111,6 +121,7 @@ class TaskOutput:
     compute_ms: int
     engine: str
     dtype: str
+    residual: bytes | None = None
 
 
 class Engine(Protocol):

@@ -10,7 +10,15 @@ from typing import Final
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.errors import Clock, Expired, PeerFault, ShoalError, Unavailable
 from shoal.protocol.market import Lease
-from shoal.protocol.node import RESULT_PROTOCOL, ResultMessage, ResultReply
+from shoal.protocol.node import (
+    FAILURE_PROTOCOL,
+    RESULT_PROTOCOL,
+    FailureCause,
+    FailureReply,
+    LeaseFailure,
+    ResultMessage,
+    ResultReply,
+)
 from shoal.protocol.result import Receipt, Result
 from shoal.protocol.signing import Domain, Signed, sign
 from shoal.worker.events import log_event, log_failure
@@ -20,6 +28,9 @@ from shoal.worker.ports import BlobPlane, TaskOutput
 from shoal.worker.session import Backoff, Credentials, Link
 from shoal.worker.statement import sign_statement
 
+_MAX_DETAIL_CHARS: Final = 500
+_EVIDENCE_TIMEOUT_S: Final = 100.0
+"""Below what a handler is given to answer in."""
 _OUR_CLOCKS: Final = frozenset({Clock.CONNECT, Clock.REPLY, Clock.TRANSFER})
 
 
@@ -95,6 +106,21 @@ class Submitter:
             else:
                 return
 
+    async def give_back(self, assignment: Assignment, cause: FailureCause, detail: str) -> None:
+        """The orchestrator knows that this lease will not be done, and why.
+
+        Raises:
+            ShoalError: it could not be told, or ended the lease before.
+        """
+        lease = assignment.lease
+        failure = LeaseFailure(
+            lease_id=lease.lease_id,
+            lease_epoch=lease.lease_epoch,
+            cause=cause,
+            detail=detail[:_MAX_DETAIL_CHARS],
+        )
+        FailureReply.decode(await self._link.request(FAILURE_PROTOCOL, failure.encode()))
+
     async def _joined_in_time(self, assignment: Assignment) -> None:
         lease_id = assignment.lease.lease_id
         try:
@@ -108,13 +134,23 @@ class Submitter:
             ) from None
 
     async def _upload(self, assignment: Assignment, output: TaskOutput) -> BlobRef:
-        left_s = self._left_s(assignment)
+        return await self._put(
+            output.payload, assignment.offer.upload_token, self._left_s(assignment)
+        )
+
+    async def upload_evidence(self, data: bytes, token: str) -> None:
+        """The orchestrator holds ``data``, which it asked for.
+
+        Raises:
+            Unavailable, Expired: it could not be handed over.
+        """
+        await self._put(data, token, _EVIDENCE_TIMEOUT_S)
+
+    async def _put(self, data: bytes, token: str, timeout_s: float) -> BlobRef:
         failure: ShoalError | None = None
         for url in self._current_drop().blob_urls:
             try:
-                return await self._blobs.put(
-                    url, output.payload, assignment.offer.upload_token, timeout_s=left_s
-                )
+                return await self._blobs.put(url, data, token, timeout_s=timeout_s)
             except (Unavailable, Expired) as error:
                 failure = error
         raise failure or PeerFault(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -51,5 +52,17 @@ def _print(event: JobEvent, output: Output) -> None:
     from rich.markup import escape
 
     moment = datetime.datetime.fromtimestamp(event.at_ms / 1000).astimezone()
-    details = "  ".join(f"{key}={value}" for key, value in event.data.items())
-    output.say(f"[dim]{moment:%H:%M:%S}[/dim]  {escape(event.type):24} {escape(details)}")
+    output.say(f"[dim]{moment:%H:%M:%S}[/dim]  {escape(event.type):24} {escape(_details(event))}")
+
+
+def _details(event: JobEvent) -> str:
+    if event.type == "health":
+        return health_words(event.data)
+    return "  ".join(f"{key}={value}" for key, value in event.data.items())
+
+
+def health_words(data: Mapping[str, Any]) -> str:
+    """A health event as a sentence: what began to be wrong and what to do, or what is over."""
+    if data.get("active"):
+        return f"{data.get('finding')}: {data.get('remedy')}"
+    return f"{data.get('code')} is over"

@@ -63,8 +63,11 @@ def command(
     """
     from shoal.client.commands.target import resolve_key, resolve_url
     from shoal.client.jobfile import load_job_file, render_job_file
+    from shoal.rl.loss_traps import job_warnings
 
     spec = load_job_file(job_file, settings)
+    for sentence in job_warnings(spec):
+        output.warn(f"warning: {sentence}")
     if dry_run:
         if output.json_mode:
             output.emit(spec.to_json())

@@ -1,0 +1,1 @@
+"""What learning costs, and how well it learns, against peers and against itself."""

@@ -1,0 +1,1 @@
+"""What a job needs before it runs: memory, traffic, time, money, and who can do it."""

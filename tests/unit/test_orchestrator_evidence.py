@@ -1,0 +1,224 @@
+"""An audited gradient with error feedback is paid only if its worker shows its residuals."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from learning_fixtures import Lab as School
+from learning_fixtures import spread_rewards, write_base
+from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
+
+from shoal.protocol.canonical import sha256_hex
+from shoal.protocol.errors import Unauthorised
+from shoal.protocol.ids import LeaseId, PeerId
+from shoal.protocol.learning import CodecKind, CodecSpec, GradientSpec
+from shoal.protocol.market import TaskKind
+from shoal.protocol.node import EVIDENCE_PROTOCOL, EvidenceReply, EvidenceRequest
+from shoal.protocol.result import Verdict
+from shoal.protocol.task import GradientTask
+from shoal.rl import codec
+from shoal.rl.batch import RolloutPayload, RowLimits
+from shoal.rl.environments import Split
+from shoal.rl.gradient import encode_slice, make_groups, run_gradient
+from shoal.rl.rollout import encode_prompts, run_rollout
+
+SPEC = GradientSpec(
+    codec=CodecSpec(kind=CodecKind.TOPK, chunk=256, keep=64, bits=2, error_feedback=0.9)
+)
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> School:
+    return School.open(write_base(tmp_path_factory.mktemp("base")))
+
+
+class Bench:
+    """A job of gradients with error feedback, its judge, and a worker that keeps residuals."""
+
+    def __init__(self, lab: Lab, school: School, job: str, peer: Peer) -> None:
+        self.lab, self.school, self.job, self.peer = lab, school, job, peer
+        self.kept: dict[str, bytes] = {}
+        self.asked: list[EvidenceRequest] = []
+        self.shows: Callable[[bytes], bytes | None] = lambda data: data
+        self.held_back: Awaitable[object] | None = None
+        peer.network.serve(EVIDENCE_PROTOCOL, self._on_evidence)
+
+    async def gradient(self, residual: bytes | None = None) -> tuple[Verdict, bytes]:
+        """One leased gradient that continues from ``residual``: its verdict, what it left."""
+        offer, live = await self.lab.lease(self.peer, await self._sale())
+        task = cast(GradientTask, offer.task)
+        data = self.lab.context.blobs.read(task.slice.sha256)
+        output = run_gradient(self.school.policy, task, data, residual=residual)
+        assert output.residual is not None
+        self.kept |= {sha256_hex(r): r for r in (residual, output.residual) if r is not None}
+        self.lab.context.blobs.put_bytes(output.payload)
+        tokens = sum(len(row) for row in self._rows.token_ids)
+        await self.peer.submit(self.peer.message(offer, output.payload, num_tokens=tokens))
+        await until(lambda: live.record.state.is_final)
+        member = self.lab.orchestrator.roster.member(self.peer.node)
+        signed = member.undelivered[LeaseId(live.lease.lease_id)]
+        return signed.record, output.residual
+
+    async def _sale(self) -> Sale:
+        school, plan = self.school, self.school.plan
+        rollout = plan.rollout(0, school.version(), plan.prompts(0), range(2))
+        prompts = encode_prompts(school.policy, school.environments, rollout.prompts, Split.TRAIN)
+        limits = RowLimits(
+            num_prompts=2, num_rows=8, max_tokens=5, vocab_size=school.policy.vocab_size
+        )
+        drawn = RolloutPayload.decode(
+            run_rollout(school.policy, rollout, school.environments), limits
+        )
+        groups = make_groups(drawn, prompts, spread_rewards(8), 4, plan.spec.loss)
+        self._rows = encode_slice(groups)
+        ref = self.lab.context.blobs.put_bytes(self._rows.encode(), pin=True)
+        task = plan.gradient(0, school.version(), ref, num_rows=8, num_groups=2)
+        sale = Sale(self.job, 2, 1_000, 2)
+        lot = sale.workload.lot
+        lot_class = lot.lot_class.model_copy(update={"kind": TaskKind.GRADIENT})
+        sale.workload.lot = lot.model_copy(update={"lot_class": lot_class})
+        sale.make = lambda units: task.model_copy(update={"gradient": SPEC})
+        await self.lab.orchestrator.auctioneer.open(sale.workload)
+        return sale
+
+    async def _on_evidence(self, peer: PeerId, data: bytes) -> bytes:
+        request = EvidenceRequest.decode(data)
+        self.asked.append(request)
+        if self.held_back is not None:
+            await self.held_back
+        shown = self.shows(self.kept[request.blob_sha256])
+        if shown is not None:
+            authorise = self.lab.orchestrator.authorise_upload
+            await authorise(request.upload_token, sha256_hex(shown), len(shown))
+            self.lab.context.blobs.put_bytes(shown)
+        return EvidenceReply(lease_id=request.lease_id, uploaded=shown is not None).encode()
+
+    def trust(self) -> None:
+        """The worker is no newcomer, and the draw never falls on it."""
+        member = self.lab.orchestrator.roster.member(self.peer.node)
+        member.audited = member.consecutive_valid = 1_000
+        self.lab.orchestrator.verifier._draw = lambda: 1.0
+
+
+@asynccontextmanager
+async def bench(folder: Path, school: School) -> AsyncIterator[Bench]:
+    async with open_lab(folder) as lab:
+        job = await lab.add_job()
+        lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
+        learner = SimpleNamespace(
+            auditor=school.policy, spec=school.plan.spec, environments=school.environments
+        )
+        running = SimpleNamespace(learner=learner, selling=False)
+        lab.orchestrator.jobs._running[job] = cast(Any, running)
+        lab.start(lab.orchestrator.verifier.run())
+        yield Bench(lab, school, job, await lab.peer())
+
+
+def test_a_chain_of_gradients_is_audited_with_its_residuals(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path, school) as case:
+            verdict, residual = await case.gradient()
+            assert verdict.accepted, verdict.reason()
+            assert verdict.audited
+            assert [r.blob_sha256 for r in case.asked] == [sha256_hex(residual)]
+            verdict, after = await case.gradient(residual)
+            assert verdict.accepted, verdict.reason()
+            assert [r.blob_sha256 for r in case.asked[1:]] == [
+                sha256_hex(residual),
+                sha256_hex(after),
+            ]
+            # Spent is spent: the same residual does not count twice.
+            verdict, _ = await case.gradient(residual)
+            assert "no accepted gradient left" in verdict.reason()
+            # From nothing, as after a restart, one may always begin again.
+            verdict, _ = await case.gradient()
+            assert verdict.accepted, verdict.reason()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("shows", ["nothing", "another", "too much"])
+def test_a_worker_that_does_not_show_its_residual_fails_the_audit(
+    tmp_path: Path, school: School, shows: str
+) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path, school) as case:
+            forged = {
+                "nothing": lambda data: None,
+                "another": lambda data: bytes(len(data)),
+                "too much": lambda data: data + b"more",
+            }
+            case.shows = forged[shows]
+            verdict, _ = await case.gradient()
+            assert not verdict.accepted
+            assert "was not produced when asked for" in verdict.reason()
+            # The control: unaudited it would have passed, and is not asked.
+            case.trust()
+            asked = len(case.asked)
+            verdict, _ = await case.gradient()
+            assert verdict.accepted, verdict.reason()
+            assert (verdict.audited, len(case.asked)) == (False, asked)
+            # Its place in the chain is looked at all the same.
+            size = codec.num_values(school.policy.shapes())
+            made_up = codec.encode_residual(np.full(size, 0.1, dtype=np.float32))
+            verdict, _ = await case.gradient(made_up)
+            assert "no accepted gradient left" in verdict.reason()
+
+    run(scenario)
+
+
+def test_others_are_judged_while_evidence_is_on_its_way(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path, school) as case:
+            gate = asyncio.Event()
+            case.held_back = gate.wait()
+            waiting = asyncio.create_task(case.gradient())
+            await until(lambda: bool(case.asked))
+            other = Bench(case.lab, school, case.job, await case.lab.peer())
+            verdict, _ = await other.gradient()
+            assert verdict.accepted, verdict.reason()
+            assert not waiting.done()
+            gate.set()
+            verdict, _ = await waiting
+            assert verdict.accepted, verdict.reason()
+
+    run(scenario)
+
+
+def test_a_residual_of_another_node_is_not_ones_own(tmp_path: Path, school: School) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path, school) as case:
+            verdict, residual = await case.gradient()
+            assert verdict.accepted, verdict.reason()
+            other = Bench(case.lab, school, case.job, await case.lab.peer())
+            verdict, _ = await other.gradient(residual)
+            assert "no accepted gradient left" in verdict.reason()
+
+    run(scenario)
+
+
+def test_a_token_for_evidence_takes_those_bytes_and_no_others(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path, school) as case:
+            _, residual = await case.gradient()
+            authorise = case.lab.orchestrator.authorise_upload
+            used = case.asked[0].upload_token
+            with pytest.raises(Unauthorised):
+                await authorise(used, sha256_hex(residual), len(residual))
+            desk = case.lab.orchestrator.verifier.evidence_desk
+            desk._expected["7" * 32] = (sha256_hex(residual), len(residual))
+            await authorise("7" * 32, sha256_hex(residual), len(residual))
+            for digest, size in ((sha256_hex(b"x"), len(residual)), (sha256_hex(residual), 1)):
+                with pytest.raises(Unauthorised):
+                    await authorise("7" * 32, digest, size)
+
+    run(scenario)
