@@ -98,7 +98,7 @@ class Stub:
     def __init__(self, fleet: Fleet, peer: orchestrator_lab.Peer) -> None:
         self.fleet, self.peer = fleet, peer
         self.held: asyncio.Queue[LeaseOffer] = asyncio.Queue()
-        self.current: LeaseOffer | None = None
+        self._offers: dict[str, LeaseOffer] = {}
         self._progress = 0
         peer.network.serve(LEASE_PROTOCOL, self._on_lease)
 
@@ -106,11 +106,12 @@ class Stub:
         with self.fleet.not_ours("offer"):
             offer = LeaseOffer.decode(data)
             reply = LeaseReply(lease_id=offer.lease.record.lease_id).encode()
+        self._offers[offer.lease.record.lease_id] = offer
         self.held.put_nowait(offer)
         return reply
 
     async def beat(self) -> None:
-        """One heartbeat, with progress for the lease it computes."""
+        """One heartbeat, with progress for all it holds."""
         with self.fleet.not_ours("beat"):
             self._progress += 1
             leases = [
@@ -119,8 +120,7 @@ class Stub:
                     lease_epoch=offer.lease.record.lease_epoch,
                     progress=self._progress,
                 )
-                for offer in [self.current]
-                if offer is not None
+                for offer in self._offers.values()
             ]
             seen = tuple(self.fleet.verdicts.pop(self.peer.node, ()))
             data = Heartbeat(leases=tuple(leases), acknowledged=seen).encode()
@@ -140,6 +140,7 @@ class Stub:
         await dispatcher.authorise_upload(offer.upload_token, payload.sha256, payload.size_bytes)
         lab.context.blobs.put_bytes(data)
         await self.peer.ask(RESULT_PROTOCOL, encoded)
+        del self._offers[offer.lease.record.lease_id]
 
 
 class Fleet:
@@ -233,10 +234,10 @@ async def measure_throughput(
 async def _work(stub: Stub, compute_s: float) -> None:
     handing_in: set[asyncio.Task[None]] = set()
     while True:
-        stub.current = await stub.held.get()
+        offer = await stub.held.get()
         await asyncio.sleep(compute_s)
         # Beside the next task, as a worker does.
-        task = asyncio.create_task(stub.hand_in(stub.current))
+        task = asyncio.create_task(stub.hand_in(offer))
         handing_in.add(task)
         task.add_done_callback(handing_in.discard)
 
@@ -287,9 +288,9 @@ class Simulation:
         self._push(TICK_MS, None, None)
         for number, stub in enumerate(stubs):
             spread = number / len(stubs)
-            stub.current = await stub.held.get()
+            offer = await stub.held.get()
             self._push(int(HEARTBEAT_MS * spread), stub, None)
-            self._push(COMPUTE_MS + int(COMPUTE_MS * spread), stub, stub.current)
+            self._push(COMPUTE_MS + int(COMPUTE_MS * spread), stub, offer)
 
     def _push(self, in_ms: int, stub: Stub | None, offer: LeaseOffer | None) -> None:
         at_ms = self._fleet.lab.time.now_ms() + in_ms
@@ -316,8 +317,7 @@ class Simulation:
         await stub.hand_in(offer)
         await judged.wait()
         self._done += 1
-        stub.current = await stub.held.get()
-        self._push(COMPUTE_MS, stub, stub.current)
+        self._push(COMPUTE_MS, stub, await stub.held.get())
 
 
 def print_throughput(recordings: Recordings, compute_s: float, span_s: float) -> None:

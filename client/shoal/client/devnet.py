@@ -258,7 +258,6 @@ class Devnet:
 
     async def _start_worker(self, profile: WorkerProfile, rpc_url: str, api_url: str) -> None:
         path = self.folder.worker_config(profile.name)
-        units = profile.capacity_units
         write_toml(
             path,
             {
@@ -276,7 +275,6 @@ class Devnet:
                     "gradient": profile.gradient_price,
                     "evaluate": profile.evaluate_price,
                 },
-                "capacity": {"rollout": units, "gradient": units, "evaluate": 4 * units},
             },
         )
         self.workers[profile.name] = await Child.start(

@@ -45,34 +45,32 @@ class RunningDevnet(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerProfile:
-    """How one of the devnet's workers differs: prices in dollars, units held, niceness."""
+    """How one of the devnet's workers differs: prices in dollars, niceness."""
 
     name: str
     rollout_price: str
     gradient_price: str
     evaluate_price: str
-    capacity_units: int
     niceness: int
 
 
-# Each asks more and holds no more than the one before it, and yields the processor sooner:
+# Each asks more than the one before it, and yields the processor sooner:
 # different prices and different speeds.
 _PROFILES = (
-    ("0.0002", "0.0001", "0.00001", 96, 0),
-    ("0.00025", "0.00012", "0.000012", 96, 3),
-    ("0.0003", "0.00015", "0.000015", 96, 6),
+    ("0.0002", "0.0001", "0.00001", 0),
+    ("0.00025", "0.00012", "0.000012", 3),
+    ("0.0003", "0.00015", "0.000015", 6),
 )
 
 
 def worker_profile(index: int) -> WorkerProfile:
     """The profile of worker ``index``, counted from 0; they repeat after three."""
-    rollout, gradient, evaluate, capacity_units, niceness = _PROFILES[index % len(_PROFILES)]
+    rollout, gradient, evaluate, niceness = _PROFILES[index % len(_PROFILES)]
     return WorkerProfile(
         name=f"worker-{index + 1}",
         rollout_price=rollout,
         gradient_price=gradient,
         evaluate_price=evaluate,
-        capacity_units=capacity_units,
         niceness=niceness,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shoal.protocol.errors import InvalidRequest, Unavailable
 from shoal.protocol.ids import Digest
 from shoal.protocol.market import Bid, TaskKind
+from shoal.protocol.record import MAX_INT
 from shoal.protocol.signing import Domain, Signed
 
 MAX_BIDS_PER_NODE = 64
@@ -69,6 +70,7 @@ class BidBook:
         self._max_bids_per_node = max_bids_per_node
         self._max_nodes = max_nodes
         self._shelves: dict[str, _Shelf] = {}
+        self._none_lapses_before_ms = 0
 
     def __len__(self) -> int:
         return sum(len(shelf.standing) for shelf in self._shelves.values())
@@ -103,6 +105,7 @@ class BidBook:
         self._require_fresh(shelf, offer, entry)
         shelf.standing[offer] = entry
         shelf.last[offer] = (bid.nonce, entry.sha256)
+        self._none_lapses_before_ms = min(self._none_lapses_before_ms, bid.valid_until_ms)
         self._shelves[bid.node] = shelf
         return entry
 
@@ -129,12 +132,16 @@ class BidBook:
 
     def remove_expired(self, now_ms: int) -> int:
         """No lapsed bid stands any more; the number removed."""
+        if now_ms < self._none_lapses_before_ms:
+            return 0
         removed = 0
         for shelf in self._shelves.values():
             for offer, entry in list(shelf.standing.items()):
                 if entry.bid.valid_until_ms <= now_ms:
                     del shelf.standing[offer]
                     removed += 1
+        left = (entry.bid.valid_until_ms for entry in self)
+        self._none_lapses_before_ms = min(left, default=MAX_INT)
         return removed
 
     def of_node(self, node: str) -> Sequence[StandingBid]:

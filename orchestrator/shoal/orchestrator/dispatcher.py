@@ -78,6 +78,7 @@ class Dispatcher:
         self._setbacks = setbacks
         self._table = LeaseTable()
         self.pace = Pace()
+        self._slow: list[LiveLease] = []
         self._offers: set[asyncio.Task[None]] = set()
         self._fewer = asyncio.Event()
         self.submissions: asyncio.PriorityQueue[Submission] = asyncio.PriorityQueue()
@@ -432,17 +433,22 @@ class Dispatcher:
         return tuple(revoked)
 
     async def reap(self) -> None:
-        """Ends every lease whose clock has run out."""
+        """Ends every lease whose clock has run out, and notes which ones straggle."""
         now_ms = self._context.time.now_ms()
         for live in self._table:
             record = leases.expire_if_due(live.record, now_ms=now_ms)
             if record is not live.record:
                 await self.end(live, record, failed=True)
 
+        self._slow = [live for live in self._table if self._straggles(live, now_ms)]
+
     def stragglers(self) -> list[LiveLease]:
-        """Leases that hold up a lot of which nothing else waits, far behind their peers."""
-        now_ms = self._context.time.now_ms()
-        return [live for live in self._table if self._straggles(live, now_ms)]
+        """Leases that hold up a lot of which nothing else waits, far behind their peers.
+
+        Those that the last `reap` found; each is named once.
+        """
+        slow, self._slow = self._slow, []
+        return [live for live in slow if not live.workload.waiting and self._may_rival(live)]
 
     def _straggles(self, live: LiveLease, now_ms: int) -> bool:
         workload = live.workload

@@ -23,7 +23,7 @@ from shoal.worker.config import (
     load_config,
 )
 
-_EVALUATIONS_PER_GROUP = Capacity().evaluate // Capacity().rollout
+_EVALUATIONS_PER_GROUP = Capacity().evaluate // Capacity().gradient
 """How many held-out prompts ``--capacity`` counts as one group: as many as in the defaults."""
 
 
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GROUPS",
         type=int,
         help=f"groups held at once; {_EVALUATIONS_PER_GROUP} held-out prompts count as one "
-        f"({Capacity().rollout})",
+        f"({Capacity().rollout} to roll out, {Capacity().gradient} to differentiate)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any setting")
     parser.add_argument(

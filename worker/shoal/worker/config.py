@@ -69,9 +69,13 @@ class FloorPrices(_Section):
 
 
 class Capacity(_Section):
-    """How many units of each kind the worker holds at once; 0 declines the kind."""
+    """How many units of each kind the worker holds at once; 0 declines the kind.
 
-    rollout: int = Field(default=64, ge=0, le=MAX_CAPACITY)
+    The defaults hold two usual rollout tasks, so that the next one's bytes arrive while one is
+    computed, and one gradient, so that a batch's gradients spread over the workers.
+    """
+
+    rollout: int = Field(default=128, ge=0, le=MAX_CAPACITY)
     gradient: int = Field(default=64, ge=0, le=MAX_CAPACITY)
     evaluate: int = Field(default=512, ge=0, le=MAX_CAPACITY)
 
