@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -417,7 +418,9 @@ def test_a_cluster_of_its_own_listens_on_the_loopback_alone(folder: Path) -> Non
 # --- last, because it takes a node away ---------------------------------------------------
 
 
-def test_a_dead_node_costs_its_actors_and_no_result(cluster: Any, site: RaySite) -> None:
+def test_a_dead_node_costs_its_actors_and_no_result(
+    cluster: Any, site: RaySite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two pools, one has half its actors on the node that dies, and one has all."""
     half = one_more(SiteShape(), gpus=1.0)
     half.start(Doubler)
@@ -441,3 +444,15 @@ def test_a_dead_node_costs_its_actors_and_no_result(cluster: Any, site: RaySite)
     with pytest.raises(Unavailable, match="no actor to compute with") as caught:
         all_there.run([("double", 1)], nothing_given, ignore)
     assert caught.value.code == "site_lost"
+    # That task has waited for the whole pool; the next one is told at once.
+    waits: list[float] = []
+    wait = all_there._wait
+
+    def noted(refs: Sequence[Any], timeout_s: float = math.inf) -> Any:
+        waits.append(timeout_s)
+        return wait(refs, timeout_s)
+
+    monkeypatch.setattr(all_there, "_wait", noted)
+    with pytest.raises(Unavailable, match="none started within 1 s"):
+        all_there.run([("double", 1)], nothing_given, ignore)
+    assert waits == [0.0]

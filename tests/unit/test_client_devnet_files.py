@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_three_workers_differ_in_price_and_speed() -> None:
     profiles = [worker_profile(index) for index in range(3)]
     for field in ("name", "rollout_price", "gradient_price", "niceness"):
         assert len({getattr(profile, field) for profile in profiles}) == 3
+
+
+def test_given_workers_take_the_place_of_the_usual_ones(tmp_path: Path) -> None:
+    site = replace(worker_profile(0), name="site", tables={"ray": {"actors": 2}})
+    assert Devnet(DevnetOptions(data_dir=tmp_path, profiles=(site,))).profiles == (site,)
+    with pytest.raises(InvalidRequest, match="33 workers"):
+        Devnet(DevnetOptions(data_dir=tmp_path, profiles=(site,) * 33))
 
 
 @pytest.mark.parametrize("count", [-1, 33])

@@ -63,10 +63,10 @@ def over_vllm(policy: Policy, lab: Lab) -> SamplingEngine:
     assert policy.lora is not None
     return VllmEngine(
         lab.folder,
-        max_lora_rank=max(8, policy.lora.r),
+        rank=policy.lora.r,
         eos_ids=policy.eos_ids,
         adapter_sha256=policy.adapter_sha256,
-        write_adapter=lambda folder: policy.save_folder(folder, "base", "0" * 64, ""),
+        write_adapter=lambda folder: policy.save_adapter(folder, "base", "0" * 64),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from shoal.models import base as base_module
 from shoal.models.base import describe_base, require_allowed_files, resolve_base
 from shoal.models.policy import Policy
 from shoal.models.sampling import draw_uniforms_bt, select_tokens_b
-from shoal.protocol.errors import InvalidRequest, PeerFault
+from shoal.protocol.errors import InvalidRequest, PeerFault, Unavailable
 from shoal.protocol.learning import LoraSpec
 from shoal.rl.local import blob_of_file
 
@@ -225,6 +227,78 @@ def test_a_folder_without_safetensors_is_unreachable(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InvalidRequest, match="safetensors"):
         resolve_base(str(tmp_path), tmp_path, allow_local=True)
+
+
+def _edit(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = folder / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+    return edit
+
+
+def _without_end(folder: Path) -> None:
+    for path in folder.glob("*config.json"):
+        held = json.loads(path.read_text())
+        kept = {name: value for name, value in held.items() if not name.startswith("eos_token")}
+        path.write_text(json.dumps(kept))
+    _edit(eos_token_id=None)(folder)
+
+
+def _write(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda folder: _drop((folder / name).write_bytes(data))
+
+
+def _drop(_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_without_end, "no end-of-sequence token"),
+        (_write("model.safetensors", b""), "header"),
+        (_write("model.safetensors", b"\xff" * 64), "header"),
+        (_write("config.json", b"[]"), "does not load"),
+        (_edit(hidden_size="wide"), "hidden_size"),
+        (_edit(num_attention_heads=0), "does not load"),
+        (_write("tokenizer.json", b"[1]"), "does not load"),
+        (_write("tokenizer_config.json", b"[1]"), "does not load"),
+    ],
+)
+def test_whatever_is_wrong_with_a_bases_files_is_one_sentence(
+    lab: Lab, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    folder = Path(shutil.copytree(lab.folder, tmp_path / "base"))
+    assert Policy.load(folder, lab.policy.lora, seed=0).eos_ids == lab.policy.eos_ids
+    damage(folder)
+    with pytest.raises(InvalidRequest, match=said) as refused:
+        Policy.load(folder, lab.policy.lora, seed=0)
+    assert refused.value.code == "unloadable_model"
+    assert "\n" not in refused.value.message
+
+
+def test_weights_that_cannot_be_counted_are_one_sentence(lab: Lab, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lab.folder, tmp_path / "base"))
+    (folder / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(InvalidRequest, match="does not load") as refused:
+        describe_base("a base", folder, blob_of_file)
+    assert refused.value.code == "unloadable_model"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_base_too_large_for_this_machine_is_not_called_broken(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def allocate(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", allocate)
+    with pytest.raises(Unavailable, match="does not fit") as refused:
+        Policy.load(lab.folder, lab.policy.lora, seed=0)
+    assert refused.value.code == "out_of_memory"
 
 
 def test_a_silent_hub_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from shoal.models.sampling import draw_uniforms_bt, select_tokens_b
 from shoal.models.vllm_engine import DrawBook, VllmEngine
 from shoal.protocol.errors import InvalidRequest, InvariantBroken
 
-ROWS, WIDTH, VOCABULARY = 3, 4, 11
+ROWS, WIDTH, VOCABULARY, END = 3, 4, 11, 1
 
 
 def logits_btv() -> torch.Tensor:
@@ -37,7 +37,7 @@ ORDER = [(row, position) for position in range(WIDTH) for row in range(ROWS)]
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_uniforms_choose_whatever_the_order_of_rows(temperature: float) -> None:
     uniforms_bt = draw_uniforms_bt(5, range(ROWS), WIDTH)
-    book = DrawBook()
+    book = DrawBook(END)
     book.open(uniforms_bt, temperature)
     tokens_bt = drawn(book, ORDER[::-1])
     logprobs_btv = torch.log_softmax(logits_btv() / temperature, dim=-1)
@@ -51,13 +51,13 @@ def test_the_uniforms_choose_whatever_the_order_of_rows(temperature: float) -> N
 
 
 def test_without_uniforms_the_likeliest_is_left() -> None:
-    book = DrawBook()
+    book = DrawBook(END)
     book.open(None, 1.0)
     assert np.array_equal(drawn(book, ORDER), logits_btv().argmax(dim=-1).numpy())
 
 
 def test_a_row_that_was_drawn_otherwise_is_found_out() -> None:
-    book = DrawBook()
+    book = DrawBook(END)
     book.open(draw_uniforms_bt(5, range(ROWS), WIDTH), 1.0)
     tokens_bt = drawn(book, ORDER)
     assert len(book.logprobs(list(tokens_bt))) == ROWS
@@ -68,7 +68,7 @@ def test_a_row_that_was_drawn_otherwise_is_found_out() -> None:
 
 
 def test_nothing_noted_is_found_out() -> None:
-    book = DrawBook()
+    book = DrawBook(END)
     book.open(None, 1.0)
     with pytest.raises(InvariantBroken, match="in this process"):
         book.logprobs([np.array([3], dtype=np.int32)])
@@ -81,7 +81,7 @@ def test_a_missing_vllm_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(InvalidRequest, match=r"shoal\[vllm\]") as refused:
         VllmEngine(
             tmp_path,
-            max_lora_rank=8,
+            rank=8,
             eos_ids=frozenset({1}),
             adapter_sha256=str,
             write_adapter=lambda folder: None,

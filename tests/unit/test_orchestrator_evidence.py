@@ -222,3 +222,32 @@ def test_a_token_for_evidence_takes_those_bytes_and_no_others(
                     await authorise("7" * 32, digest, size)
 
     run(scenario)
+
+
+def test_a_residual_continued_from_while_evidence_is_on_its_way_is_spent(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path, school) as case:
+            verdict, residual = await case.gradient()
+            assert verdict.accepted, verdict.reason()
+            gate = asyncio.Event()
+
+            def show_and_wait(data: bytes) -> bytes:
+                case.held_back = asyncio.ensure_future(gate.wait())
+                return data
+
+            case.shows = show_and_wait
+            asked = len(case.asked)
+            waiting = asyncio.create_task(case.gradient(residual))
+            # The residual before it is here; for the one after it the worker takes its time.
+            await until(lambda: len(case.asked) == asked + 2)
+            case.trust()
+            verdict, _ = await case.gradient(residual)
+            assert (verdict.accepted, verdict.audited) == (True, False)
+            gate.set()
+            verdict, _ = await waiting
+            assert verdict.audited
+            assert "no accepted gradient left" in verdict.reason()
+
+    run(scenario)

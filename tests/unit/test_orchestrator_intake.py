@@ -189,6 +189,22 @@ def test_a_model_other_than_the_pinned_one_is_refused(tmp_path: Path, base: str)
     run(scenario)
 
 
+def test_a_base_too_large_to_travel_whole_is_refused(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            desk = Desk(lab, base)
+            await desk.intake.submit(desk.job(lora=None))
+            monkeypatch.setattr("shoal.orchestrator.intake.MAX_ADAPTER_BYTES", 1000)
+            await desk.intake.submit(desk.job())
+            with pytest.raises(InvalidRequest, match="Train an adapter") as caught:
+                await desk.intake.submit(desk.job(lora=None))
+            assert caught.value.code == "policy_too_large"
+
+    run(scenario)
+
+
 def test_a_funded_job_starts_once_with_its_budget_and_no_more(tmp_path: Path, base: str) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path, allow_local_models=True) as lab:

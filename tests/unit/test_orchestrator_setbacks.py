@@ -218,6 +218,33 @@ def test_a_worker_that_stops_costs_the_unit_no_attempt(tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_a_worker_that_stops_is_leased_nothing_until_it_joins_again(tmp_path: Path) -> None:
+    """Else it could take a lease and give it back for ever, at no cost to itself."""
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            deal = await Deal.make(lab)
+            stopping, other = deal.peers
+            await stopping.bid(price_micros=10)
+            lab.start(lab.orchestrator.auctioneer.run())
+            offer = await arrival(stopping.offers)
+            live = lab.live(offer)
+            await until(lambda: live.record.state is LeaseState.RUNNING)
+            await stopping.fail(offer, FailureCause.STOPPING)
+            await other.bid(price_micros=20)
+            offer = await arrival(other.offers)
+            assert stopping.offers.empty()
+            assert not deal.setbacks.is_paused(stopping.node)
+            # Back again it is as welcome as before.
+            live = lab.live(offer)
+            await until(lambda: live.record.state is LeaseState.RUNNING)
+            await stopping.join()
+            await other.fail(offer, FailureCause.STOPPING)
+            await arrival(stopping.offers)
+
+    run(scenario)
+
+
 def test_units_given_back_go_to_the_next_bidder(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:

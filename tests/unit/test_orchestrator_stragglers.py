@@ -220,6 +220,27 @@ def test_when_one_of_the_two_fails_the_other_goes_on_alone(tmp_path: Path, schoo
     run(scenario)
 
 
+def test_a_last_attempt_ends_no_job_while_another_lease_may_still_deliver(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with race(tmp_path, school) as contest:
+            slow, slow_live = await contest.begin()
+            await contest.peers[1].bid(price_micros=20)
+            await contest.pass_ms(LATE_MS + 1, slow=(0, slow))
+            fast, _ = await contest.taken(1)
+            workload = contest.sale.workload
+            limit = contest.lab.context.config.max_attempts
+            workload.attempts.update(dict.fromkeys(slow_live.units, limit))
+            await contest.peers[1].fail(fast, FailureCause.OUT_OF_MEMORY)
+            assert not contest.sale.abandoned
+            # The control: once nobody works on it any more, that was the last attempt.
+            await contest.peers[0].fail(slow, FailureCause.OUT_OF_MEMORY)
+            assert [error.code for error in contest.sale.abandoned] == ["attempts_exhausted"]
+
+    run(scenario)
+
+
 def test_without_the_rule_one_slow_worker_holds_the_lot_up(
     tmp_path: Path, school: School, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from learning_fixtures import TOLERANCE, Lab, write_base
 
-from shoal.models.sampling import completion_numbers
+from shoal.models.sampling import completion_numbers, draw_uniforms_bt
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import EnvSpec
 from shoal.protocol.result import CheckName
 from shoal.protocol.task import EvaluateTask
 from shoal.rl.batch import EvaluatePayload, RowLimits
 from shoal.rl.environments import Split, load_environment
-from shoal.rl.evaluation import evaluation_uniforms_bt, run_evaluate
+from shoal.rl.evaluation import evaluation_uniforms, run_evaluate
 from shoal.rl.reward import score_completions
 from shoal.rl.rollout import decode_completions
 from shoal.rl.verification import EvaluateVerification, verify_evaluate
@@ -97,11 +97,17 @@ def test_an_empty_prompt_is_named(
         run_evaluate(lab.policy, greedy, lab.environments)
 
 
-def test_greedy_needs_no_draws(greedy: EvaluateTask, sampled: EvaluateTask) -> None:
-    assert evaluation_uniforms_bt(greedy) is None
-    uniforms_bt = evaluation_uniforms_bt(sampled)
+def test_greedy_needs_no_draws_and_samples_have_those_the_audit_derives(
+    greedy: EvaluateTask, sampled: EvaluateTask
+) -> None:
+    assert evaluation_uniforms(greedy) is None
+    uniforms_bt = evaluation_uniforms(sampled)
     assert uniforms_bt is not None
-    assert uniforms_bt.shape == (SAMPLES * len(sampled.prompts), sampled.max_tokens)
+    numbers = completion_numbers(sampled.slots, SAMPLES)
+    due_bt = draw_uniforms_bt(sampled.seed, numbers, sampled.max_tokens)
+    for position in range(sampled.max_tokens):
+        place = np.full(len(numbers), position)
+        assert np.array_equal(uniforms_bt[np.arange(len(numbers)), place], due_bt[:, position])
 
 
 def test_an_honest_sampled_evaluation_passes_its_audit(lab: Lab, sampled: EvaluateTask) -> None:

@@ -219,6 +219,22 @@ def test_groups_without_spread_are_in_no_slice(groups: list[Group]) -> None:
     assert slice_groups([flat], 2) == []
 
 
+def test_a_batch_in_which_nothing_teaches_is_an_update_of_earlier_momentum_alone(
+    lab: Lab, groups: list[Group]
+) -> None:
+    policy = Policy.load(lab.folder, lab.plan.spec.lora, seed=0)
+    optimizer = optimizer_of(lab, policy, 3)
+    before = policy.adapter_bytes()
+    stats = optimizer.apply([], 8.0)
+    assert (stats.step, stats.grad_norm, stats.loss, stats.metrics) == (1, 0.0, 0.0, {})
+    assert policy.adapter_bytes() == before
+    optimizer.apply([payload_of(lab, groups)], 8.0)
+    moved = policy.adapter_bytes()
+    assert moved != before
+    optimizer.apply([], 8.0)
+    assert policy.adapter_bytes() != moved
+
+
 def test_the_task_pins_the_loss_and_the_policy(lab: Lab, groups: list[Group]) -> None:
     rows = encode_slice(groups)
     data = rows.encode()

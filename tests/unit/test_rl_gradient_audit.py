@@ -149,6 +149,33 @@ def test_an_empty_or_absurd_gradient_is_refused_unread(
         assert why in reason(judge(lab, work, payload.encode(), audit=False))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss_sum", 1e308),
+        ("entropy_sum", -1e308),
+        ("weight_max", 1e39),
+        ("clipped_low", 1e308),
+        ("num_clippable", -1.0),
+        ("kl_tokens", 5e-324),
+        ("masked_tokens", 0.5),
+    ],
+)
+def test_a_figure_that_no_slice_can_have_is_refused_without_audit(
+    lab: Lab, groups: list[Group], name: str, value: float
+) -> None:
+    """Else one unaudited worker could make the batch's metrics infinite."""
+    work = work_of(lab, groups, SPECS["fp32"])
+    task, rows = work
+    honest = slice_gradient(lab.policy, task, decode_slice(lab.policy, task, rows))
+    false = replace(honest.stats, **{name: value})
+    payload, _ = GradientPayload.pack(honest.gradients, false, task.gradient.codec)
+    assert f"{name} is" in reason(judge(lab, work, payload.encode(), audit=False))
+    # The control: with the figures as counted it passes.
+    payload, _ = GradientPayload.pack(honest.gradients, honest.stats, task.gradient.codec)
+    assert judge(lab, work, payload.encode(), audit=False).accepted
+
+
 @pytest.fixture(scope="module")
 def chain(lab: Lab, groups: list[Group]) -> tuple[tuple[GradientTask, bytes], bytes, bytes, bytes]:
     """Work with error feedback, a residual, the payload that continues from it, the next one."""

@@ -164,10 +164,35 @@ def test_held_out_accuracy_is_compared_with_the_reward_in_training(
     codes: set[HealthCode] = set()
     for step in range(1, 41):
         if step == 15:
-            watch.see_evaluation(held_out(0.6))
+            watch.see_evaluation(15, held_out(0.6))
         if step == 25:
-            watch.see_evaluation(held_out(last))
+            watch.see_evaluation(25, held_out(last))
         metrics = {**HEALTHY, "step": float(step), "reward": 0.6 if step < 20 else reward}
+        codes |= {change.diagnosis.code for change in watch.see_update(metrics)}
+    assert codes == found
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "found"),
+    [
+        ([(20, 0.6), (10, 0.4)], set()),
+        ([(20, 0.6), (10, 0.9)], set()),
+        ([(20, 0.6), (20, 0.4)], set()),
+        ([(20, 0.6), (10, 0.4), (30, 0.4)], {HealthCode.HELD_OUT_FALLING}),
+        ([(10, 0.6), (20, 0.4)], {HealthCode.HELD_OUT_FALLING}),
+    ],
+    ids=["rises", "late and better", "told twice", "falls after a late one", "falls"],
+)
+def test_an_evaluation_that_comes_late_is_no_fall(
+    arrivals: list[tuple[int, float]], found: set[HealthCode]
+) -> None:
+    watch = HealthWatch(MAX_STALENESS)
+    codes: set[HealthCode] = set()
+    for step in range(1, 61):
+        if step % 15 == 0 and step // 15 <= len(arrivals):
+            version, rate = arrivals[step // 15 - 1]
+            watch.see_evaluation(version, held_out(rate))
+        metrics = {**HEALTHY, "step": float(step), "reward": 0.6 + 0.005 * step}
         codes |= {change.diagnosis.code for change in watch.see_update(metrics)}
     assert codes == found
 

@@ -10,6 +10,7 @@ import torch
 from learning_fixtures import Lab, spread_rewards, write_base
 
 from shoal.models.policy import Policy
+from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.learning import (
     CodecKind,
     CodecSpec,
@@ -111,6 +112,22 @@ def test_a_step_that_fails_leaves_the_policy_as_before(
         take_local_steps(lab.policy, task, encode_slice(groups), interrupt)
     assert calls == 2
     assert lab.policy.adapter_bytes() == before
+
+
+def test_a_gradient_too_long_for_its_norm_is_not_finite_and_moves_nothing(
+    lab: Lab, groups: list[Group]
+) -> None:
+    """Each value is finite, and the sum of their squares is not."""
+    before = lab.policy.adapter_bytes()
+    long = [replace(group, advantages=group.advantages * np.float32(1e26)) for group in groups]
+    task = task_of(lab, groups, 2)
+    with pytest.raises(InvalidRequest) as refused:
+        take_local_steps(lab.policy, task, encode_slice(long))
+    assert refused.value.code == "not_finite"
+    assert "norm" in refused.value.message
+    assert lab.policy.adapter_bytes() == before
+    # The control: as they were they are differentiated.
+    take_local_steps(lab.policy, task, encode_slice(groups))
 
 
 def test_every_step_moves_further(lab: Lab, groups: list[Group]) -> None:

@@ -277,6 +277,8 @@ def test_a_stopping_worker_gives_its_leases_back(tmp_path: Path) -> None:
         (InvalidRequest("long", code="context_exceeded"), False, FailureCause.PROMPT_TOO_LONG),
         (InvalidRequest("no", code="grader_failed"), False, FailureCause.ENVIRONMENT),
         (InvalidRequest("no", code="unknown_environment"), False, FailureCause.ENVIRONMENT),
+        (InvalidRequest("no text", code="empty_prompt"), False, FailureCause.ENVIRONMENT),
+        (InvalidRequest("no end", code="unloadable_model"), False, FailureCause.WRONG_BASE),
         (PeerFault("other weights", code="wrong_policy"), False, FailureCause.WRONG_BASE),
         (PeerFault("other shape", code="wrong_adapter"), False, FailureCause.WRONG_BASE),
         (Expired("late", clock=Clock.TRANSFER), True, FailureCause.NOT_FETCHED),

@@ -8,7 +8,7 @@ import pytest
 
 from shoal.protocol.errors import InvalidRequest
 from shoal.worker.__main__ import build_parser, main, read_options
-from shoal.worker.config import WorkerConfig, load_config
+from shoal.worker.config import SamplingChoice, WorkerConfig, load_config
 
 
 def configured(*arguments: str) -> WorkerConfig:
@@ -24,10 +24,11 @@ def test_each_option_sets_its_key() -> None:
     config = configured(
         *("--name", "attic", "--stake", "2.5", "--data-dir", "/keys", "--rpc-url", "http://node"),
         *("--price-rollout", "0.1", "--price-gradient", "0.2", "--price-evaluate", "0.3"),
-        *("--capacity", "3", "--device", "cpu"),
+        *("--capacity", "3", "--device", "cpu", "--engine", "vllm"),
     )
     assert (config.name, config.stake_micros, str(config.data_dir)) == ("attic", 2_500_000, "/keys")
     assert (config.rpc_url, config.device.value) == ("http://node", "cpu")
+    assert config.engine is SamplingChoice.VLLM
     price, capacity = config.price, config.capacity
     assert (price.rollout, price.gradient, price.evaluate) == ("0.1", "0.2", "0.3")
     assert (capacity.rollout, capacity.gradient, capacity.evaluate) == (3, 3, 24)
@@ -43,6 +44,7 @@ def test_set_wins_over_an_option() -> None:
         (("--stake", "much"), "stake: the amount is 'much'"),
         (("--capacity", "-1"), "capacity"),
         (("--device", "abacus"), "device"),
+        (("--engine", "steam"), "engine"),
         (("--set", "capacity"), "has no '='"),
     ],
 )
@@ -79,5 +81,12 @@ def test_a_wrong_command_line_is_one_line_and_exits_with_2(
 
 def test_help_tells_the_defaults() -> None:
     text = " ".join(build_parser().format_help().split())
-    for default in ("(worker)", "(~/.shoal/worker)", "(0.0001)", "(0.00001)", "(64)", "(auto)"):
+    for default in (
+        "(worker)",
+        "(~/.shoal/worker)",
+        "(0.0001)",
+        "(0.00001)",
+        "(128 to roll",
+        "(auto)",
+    ):
         assert default in text

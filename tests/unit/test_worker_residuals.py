@@ -197,3 +197,20 @@ def test_a_gradient_that_fails_gives_its_residual_back(book: ResidualBook, tmp_p
             engine.run(gradient(2), inputs_of(tmp_path), lambda: None)
     inner.failure = None
     assert engine.run(gradient(3), inputs_of(tmp_path), lambda: None).residual == b"++"
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_what_was_under_way_when_a_session_ended_is_not_continued_from(
+    book: ResidualBook, tmp_path: Path, accepted: bool
+) -> None:
+    """A restarted orchestrator knows neither residual and would reject an honest gradient."""
+    work(book, "t1", b"one")
+    book.judged("lease t1", accepted=True)
+    work(book, "t2", b"two")
+    book.forget()
+    book.judged("lease t2", accepted=accepted)
+    assert files(tmp_path) == set()
+    assert work(book, "t3", b"three") is None
+    # The control: within the new session residuals are fed back as ever.
+    book.judged("lease t3", accepted=True)
+    assert work(book, "t4", b"four") == b"three"

@@ -15,7 +15,13 @@ import pytest
 from worker_double import BASE, BASE_FILES
 
 from shoal.protocol.errors import InvalidRequest, PeerFault, Unavailable
-from shoal.rl.ray_guard import find_token, make_temp_dir, require_unexposed
+from shoal.rl.ray_guard import (
+    find_token,
+    make_temp_dir,
+    require_own_cluster,
+    require_unexposed,
+    stranger_environment,
+)
 from shoal.rl.site import Actor, count_actors
 from shoal.worker.__main__ import build_parser, read_options
 from shoal.worker.base_copies import BaseCopies
@@ -228,6 +234,26 @@ def test_an_exposed_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         require_unexposed(CLUSTER, "", [*private, "8.8.8.8"])
     monkeypatch.setenv("RAY_USE_TLS", "1")
     require_unexposed(CLUSTER, "", [*private, "8.8.8.8"])
+
+
+def test_a_stranger_has_all_that_the_worker_has_but_the_token() -> None:
+    """Without the TLS settings a cluster that uses TLS would seem to be none."""
+    tls = {"RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": "/ca", "RAY_TLS_SERVER_KEY": "/key"}
+    token = {"RAY_AUTH_TOKEN": "secret", "RAY_AUTH_TOKEN_PATH": "/token", "RAY_AUTH_MODE": "token"}
+    assert stranger_environment({"PATH": "/bin", **tls, **token}) == {
+        "PATH": "/bin",
+        **tls,
+        "RAY_AUTH_MODE": "disabled",
+    }
+
+
+@pytest.mark.parametrize(
+    "address", ["", "host", "host:", "host:\u00b2", "host:70000", f"host:{'9' * 20}", "a/b:1"]
+)
+def test_what_is_no_address_of_a_cluster_is_said_to_be_none(address: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no Ray address") as refused:
+        require_own_cluster(address)
+    assert refused.value.code == "ray_address"
 
 
 def test_rays_sockets_never_lie_too_deep(tmp_path: Path) -> None:

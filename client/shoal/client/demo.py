@@ -217,7 +217,7 @@ class _DemoRun:
         wall_s: float,
     ) -> DemoSummary:
         out = self._options.out
-        (out / "bundle.json").write_bytes(await _final_bundle(client, job_id))
+        (out / "bundle.json").write_bytes(await final_bundle(client, job_id))
         (out / "metrics.jsonl").write_bytes(await client.metrics(job_id))
         await download_model(client, job_id, out / "adapter")
         view = await client.job(job_id)
@@ -275,8 +275,13 @@ def _all_workers(view: JobView, known: Sequence[ConnectedWorker]) -> list[Worker
     return [*view.workers, *(WorkerView.model_validate(worker.model_dump()) for worker in idle)]
 
 
-async def _final_bundle(client: ShoalClient, job_id: str) -> bytes:
-    """The bundle, which is written just after the job's last epoch is on chain."""
+async def final_bundle(client: ShoalClient, job_id: str) -> bytes:
+    """The bundle, which is written just after the job's last epoch is on chain.
+
+    Raises:
+        TimeoutError: it was not in `SETTLE_TIMEOUT_S`.
+        ShoalError: the orchestrator does not hand it out.
+    """
     async with asyncio.timeout(SETTLE_TIMEOUT_S):
         while True:
             try:

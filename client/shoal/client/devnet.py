@@ -47,12 +47,14 @@ _POLL_S = 0.1
 class DevnetOptions:
     """What a devnet is told; ports of 0 take a free one.
 
+    Workers given as ``profiles`` take the place of ``num_workers`` usual ones.
     ``threads`` is how many processor threads each worker computes with.  An absent
     ``models_dir`` is the user's cache, so that a built-in base is built once.
     """
 
     data_dir: Path
     num_workers: int = 3
+    profiles: tuple[WorkerProfile, ...] | None = None
     api_port: int = 0
     chain_port: int = 0
     threads: int = 1
@@ -70,14 +72,17 @@ class Devnet:
     def __init__(
         self, options: DevnetOptions, say: Callable[[str], None] = lambda line: None
     ) -> None:
-        if not 0 <= options.num_workers <= MAX_WORKERS:
+        given = options.profiles
+        num_workers = options.num_workers if given is None else len(given)
+        if not 0 <= num_workers <= MAX_WORKERS:
             raise InvalidRequest(
-                f"A devnet of {options.num_workers} workers is not possible; ask for 0 to "
-                f"{MAX_WORKERS}."
+                f"A devnet of {num_workers} workers is not possible; ask for 0 to {MAX_WORKERS}."
             )
         self.options = options
         self.folder = DevnetFolder(options.data_dir)
-        self.profiles = tuple(worker_profile(index) for index in range(options.num_workers))
+        self.profiles = (
+            tuple(worker_profile(index) for index in range(num_workers)) if given is None else given
+        )
         self.workers: dict[str, Child] = {}
         self._say = say
         self._stack = AsyncExitStack()
@@ -275,6 +280,7 @@ class Devnet:
                     "gradient": profile.gradient_price,
                     "evaluate": profile.evaluate_price,
                 },
+                **profile.tables,
             },
         )
         self.workers[profile.name] = await Child.start(

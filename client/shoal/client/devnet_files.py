@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,13 +45,17 @@ class RunningDevnet(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerProfile:
-    """How one of the devnet's workers differs: prices in dollars, niceness."""
+    """How one of the devnet's workers differs: prices in dollars, niceness.
+
+    ``tables`` are further tables of its configuration, by name (``ray``, ``capacity``).
+    """
 
     name: str
     rollout_price: str
     gradient_price: str
     evaluate_price: str
     niceness: int
+    tables: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 # Each asks more than the one before it, and yields the processor sooner:

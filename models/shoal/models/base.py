@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.protocol.blob import BlobRef
-from shoal.protocol.errors import InvalidRequest, PeerFault
+from shoal.protocol.errors import InvalidRequest, PeerFault, ShoalError, Unavailable
 from shoal.protocol.policy import BaseModelRef, ModelFile
 
 CONFIG_FILE = "config.json"
@@ -93,6 +93,7 @@ def load_model(folder: Path) -> Any:
     Raises:
         InvalidRequest: the folder is not a model ``transformers`` can load without running
             code from it.
+        Unavailable: it does not fit into memory (code ``out_of_memory``).
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -106,7 +107,7 @@ def load_model(folder: Path) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a stranger's files make the libraries raise anything
         raise _unloadable(folder, error) from error
     return model.eval()
 
@@ -128,7 +129,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise _unloadable(folder, error) from error
 
 
@@ -157,10 +158,13 @@ def _is_allowed(name: str) -> bool:
 def _count_parameters(path: Path) -> int:
     from math import prod
 
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="np") as arrays:
-        return sum(prod(arrays.get_slice(key).get_shape()) for key in arrays.keys())  # noqa: SIM118
+    try:
+        with safe_open(path, framework="np") as arrays:
+            return sum(prod(arrays.get_slice(key).get_shape()) for key in arrays.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unloadable(path.parent, error) from error
 
 
 def _unreachable(name: str, why: str) -> InvalidRequest:
@@ -169,7 +173,22 @@ def _unreachable(name: str, why: str) -> InvalidRequest:
     )
 
 
-def _unloadable(folder: Path, error: Exception) -> InvalidRequest:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out, on whatever device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # The CPU's allocator has no error class of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _unloadable(folder: Path, error: Exception) -> ShoalError:
+    if is_out_of_memory(error):
+        # The machine's fault and not the model's: another one may hold it.
+        return Unavailable(
+            f"The model in {folder.name} does not fit into this machine's memory; use a "
+            "machine with more.",
+            code="out_of_memory",
+        )
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason given"
     return InvalidRequest(
         f"The model folder {folder.name} does not load as a causal language model: {reason}.",

@@ -202,11 +202,13 @@ class Policy:
         if self.lora is None:
             self.model.save_pretrained(directory)
         else:
-            self._save_adapter(directory, base_name, base_sha256)
+            self.save_adapter(directory, base_name, base_sha256)
         self.tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
-    def _save_adapter(self, directory: Path, base_name: str, base_sha256: str) -> None:
+    def save_adapter(self, directory: Path, base_name: str, base_sha256: str) -> None:
+        """``directory`` holds a stock PEFT adapter: its configuration and its weights."""
+        directory.mkdir(parents=True, exist_ok=True)
         config = dict(self.model.peft_config["default"].to_dict())
         config["target_modules"] = sorted(config["target_modules"])
         config["base_model_name_or_path"] = base_name

@@ -15,7 +15,7 @@ from shoal.protocol.process import parse_pairs, report_error
 
 def main() -> int:
     """Runs the orchestrator the command line describes; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="shoal orchestrate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="shoal orchestrate", description="Run an orchestrator.")
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="pairs")
     parser.add_argument("--json", action="store_true", help="errors as JSON")

@@ -317,7 +317,7 @@ class Auctioneer:
 
     def _may_work(self, node: str, lot_id: str) -> bool:
         member = self._roster.find(node)
-        if member is None or not member.connected:
+        if member is None or not member.connected or member.leaving:
             return False
         return self._setbacks.may_work(node, member.account, lot_id)
 

@@ -289,15 +289,17 @@ class Dispatcher:
     def _take_back(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         workload = live.workload
         impossible = self._setbacks.weigh(live, record) if failed else None
-        if not self._part(live):
+        is_shared = self._part(live)
+        if not is_shared:
             workload.give_back(live.units, failed=failed)
         if failed and workload.failures >= FAILURES_BEFORE_RAISE:
             reserve = raise_reserve_up(workload.lot.reserve_micros, workload.max_reserve_micros)
             workload.lot = workload.lot.model_copy(update={"reserve_micros": reserve})
         if impossible is not None:
             workload.abandon(impossible)
-        elif max(workload.attempts[unit] for unit in live.units) >= (
-            self._context.config.max_attempts
+        # Another lease of the parcel may still deliver it, or has.
+        elif (not is_shared and live.units in workload.undelivered) and (
+            max(workload.attempts[unit] for unit in live.units) >= self._context.config.max_attempts
         ):
             workload.abandon(
                 InvalidRequest(
@@ -338,8 +340,11 @@ class Dispatcher:
             now_ms=self._context.time.now_ms(),
         )
         if live is not None and record is not known:
-            # A worker that leaves in good order has not failed at the work.
-            await self.end(live, record, failed=failure.cause is not FailureCause.STOPPING)
+            # A worker that leaves in good order has not failed at the work, and gets no more.
+            is_leaving = failure.cause is FailureCause.STOPPING
+            if is_leaving:
+                self._roster.member(peer).leaving = True
+            await self.end(live, record, failed=not is_leaving)
         return FailureReply(lease_id=failure.lease_id)
 
     async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:

@@ -151,9 +151,9 @@ class Evaluations:
         """Whether the version's result is on record."""
         return version in self._reported
 
-    def reported_since(self) -> list[Estimate]:
-        """The results that came in since this was last asked, in the order of arrival."""
-        fresh = list(self._reported.values())[self._unread :]
+    def reported_since(self) -> list[tuple[int, Estimate]]:
+        """Versions and results that came in since this was last asked, in order of arrival."""
+        fresh = list(self._reported.items())[self._unread :]
         self._unread = len(self._reported)
         return fresh
 

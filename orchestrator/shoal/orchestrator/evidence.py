@@ -63,11 +63,8 @@ class EvidenceDesk:
         before = None
         if link.before is not None:
             before = await self._ask(live, link.before, size_bytes)
-        return ResidualEvidence(
-            spendable=self.spendable(live.lease.job_id, live.lease.node),
-            before=before,
-            after=await self._ask(live, link.after, size_bytes),
-        )
+        after = await self._ask(live, link.after, size_bytes)
+        return ResidualEvidence(before=before, after=after)
 
     def expects(self, token: str) -> bool:
         """Whether this upload token is of a request for evidence."""

@@ -98,8 +98,8 @@ class JobHealth:
 
     async def see(self, metrics: Mapping[str, float]) -> None:
         """Takes in an update; what begins or ends to be wrong is on record."""
-        for held_out in self._evaluations.reported_since():
-            self._watch.see_evaluation(held_out)
+        for version, held_out in self._evaluations.reported_since():
+            self._watch.see_evaluation(version, held_out)
         for change in self._watch.see_update(metrics):
             await self._journal.event(self._job_id, EVENT, _facts(change, metrics))
 

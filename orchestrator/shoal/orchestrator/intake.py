@@ -16,7 +16,7 @@ from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, ShoalError
 from shoal.protocol.job import Job, JobSpec, JobState
 from shoal.protocol.money import format_dollars
-from shoal.protocol.policy import BaseModelRef
+from shoal.protocol.policy import MAX_ADAPTER_BYTES, BaseModelRef
 from shoal.protocol.signing import Signed
 from shoal.provenance.statement import MAX_LINKS
 from shoal.rl.base_models import fetch_base
@@ -96,6 +96,13 @@ class Intake:
         base = describe_base(
             spec.model, folder, lambda path: self._context.blobs.put_file(path, pin=True)
         )
+        if spec.lora is None and 4 * base.num_parameters > MAX_ADAPTER_BYTES:
+            raise InvalidRequest(
+                f"Model {spec.model!r} has {base.num_parameters} parameters, too many to send all "
+                f"of them with every update; at most {MAX_ADAPTER_BYTES // 4} can be trained so. "
+                'Train an adapter: tuning = "lora".',
+                code="policy_too_large",
+            )
         if spec.model_sha256 not in (None, base.content_digest()):
             raise InvalidRequest(
                 f"Model {spec.model!r} has digest {base.content_digest()} and the job pins "

@@ -14,7 +14,7 @@ from shoal.network.blob_store import BlobStore
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import Job, JobSpec
-from shoal.protocol.policy import BaseModelRef, PolicyVersion
+from shoal.protocol.policy import MAX_ADAPTER_BYTES, BaseModelRef, PolicyVersion
 from shoal.rl.aggregation import AdapterOptimizer, UpdateStats
 from shoal.rl.batch import GradientPayload
 from shoal.rl.checkpoint import (
@@ -98,6 +98,13 @@ class Learner:
         return self._version(version, self.policy.adapter_bytes(), blobs)
 
     def _version(self, number: int, adapter: bytes, blobs: BlobStore) -> PolicyVersion:
+        if len(adapter) > MAX_ADAPTER_BYTES:
+            raise InvalidRequest(
+                f"A policy version of this job has {len(adapter)} bytes and workers take at most "
+                f"{MAX_ADAPTER_BYTES}; "
+                + ("lower lora.r." if self.spec.lora else 'train an adapter: tuning = "lora".'),
+                code="policy_too_large",
+            )
         return PolicyVersion(
             job_id=self.job.job_id(),
             version=number,

@@ -30,7 +30,8 @@ class Member:
     """One joined node.
 
     ``undelivered`` verdicts are resent until acknowledged; ``failures`` counts the leases it
-    did not fulfil, by cause.
+    did not fulfil, by cause.  One that is ``leaving`` gave a lease back because it stops: it is
+    leased nothing more until it joins again.
     """
 
     node: PeerId
@@ -38,6 +39,7 @@ class Member:
     name: str
     device: str
     connected: bool = True
+    leaving: bool = False
     last_seen_ms: int
     consecutive_valid: int = 0
     audited: int = 0
@@ -116,6 +118,7 @@ class Roster:
         if known is not None:
             known.connected, known.last_seen_ms = connected, now_ms
             known.name, known.device = request.name, request.device
+            known.leaving = False
             return known
         member = Member(
             node=peer,

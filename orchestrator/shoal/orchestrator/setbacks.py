@@ -38,7 +38,6 @@ _OF_THE_NODE = frozenset(
         FailureCause.WRONG_BASE,
         FailureCause.TOO_SLOW,
         FailureCause.NODE,
-        FailureCause.STOPPING,
     }
 )
 """What may be the node's own fault: it is paused, since the next lease would fail alike."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
@@ -26,7 +26,7 @@ from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
 from shoal.orchestrator.workload import Delivery
 from shoal.protocol.errors import InvariantBroken, PeerFault, ShoalError
-from shoal.protocol.ids import LeaseId, PeerId
+from shoal.protocol.ids import Digest, LeaseId, PeerId
 from shoal.protocol.result import Check, CheckName, Verdict
 from shoal.protocol.signing import sign
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
@@ -106,10 +106,11 @@ class Verifier:
         if self._jobs.find(live.lease.job_id) is None:
             await self._dismiss(live)
         elif evidence is not None:
-            await self._judge(submission, audit=True, evidence=evidence)
+            # Only now: another gradient may have continued from it while bytes were on their way.
+            held = replace(evidence, spendable=self._spendable(live))
+            await self._judge(submission, audit=True, evidence=held)
         elif not self.audits(member, live.workload.verify.spot_check_rate):
-            spendable = self.evidence_desk.spendable(live.lease.job_id, live.lease.node)
-            held = ResidualEvidence(spendable=spendable)
+            held = ResidualEvidence(spendable=self._spendable(live))
             await self._judge(submission, audit=False, evidence=held)
         elif isinstance(live.task, GradientTask) and live.task.gradient.codec.error_feedback:
             # The others are judged while the worker sends what it committed to.
@@ -118,6 +119,9 @@ class Verifier:
             task.add_done_callback(self._collecting.discard)
         else:
             await self._judge(submission, audit=True, evidence=ResidualEvidence())
+
+    def _spendable(self, live: LiveLease) -> Collection[Digest]:
+        return self.evidence_desk.spendable(live.lease.job_id, live.lease.node)
 
     async def _collect(self, submission: Submission) -> None:
         """The submission waits for its verdict again, with what its worker was asked for."""

@@ -9,6 +9,9 @@ from shoal.protocol.canonical import digest_of
 from shoal.protocol.ids import Digest, Hex32, Name, Sha256
 from shoal.protocol.record import MAX_INT, Record
 
+MAX_ADAPTER_BYTES = 1 << 30
+"""The most a policy version may weigh: it travels to every worker, every update."""
+
 
 class ModelFile(Record):
     """One file of a model folder; ``path`` has no directories."""

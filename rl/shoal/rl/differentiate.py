@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shoal.models.base import is_out_of_memory
 from shoal.models.engine import OnProgress
 from shoal.models.forward import row_mask
 from shoal.models.policy import Policy
@@ -258,14 +259,6 @@ def _fits(batch: Sequence[int], work: Callable[[Sequence[int]], None]) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return False
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # The CPU's allocator has no error class of its own.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _micro_batches(

@@ -8,7 +8,7 @@ import numpy as np
 
 from shoal.models.engine import OnProgress
 from shoal.models.policy import Policy
-from shoal.models.sampling import Uniforms, completion_numbers, draw_uniforms_bt
+from shoal.models.sampling import SeededUniforms, completion_numbers
 from shoal.protocol.task import EvaluateTask
 from shoal.rl.batch import EvaluatePayload, prompt_sha256
 from shoal.rl.environments import Environment, Split
@@ -35,7 +35,7 @@ def run_evaluate(
         [prompt for prompt in prompts for _ in range(task.samples_per_prompt)],
         max_tokens=task.max_tokens,
         temperature=sampling_temperature(task),
-        uniforms_bt=evaluation_uniforms_bt(task),
+        uniforms_bt=evaluation_uniforms(task),
         on_progress=on_progress,
     )
     texts = decode_completions(policy, drawn.token_ids)
@@ -55,9 +55,9 @@ def sampling_temperature(task: EvaluateTask) -> float:
     return task.temperature or 1.0
 
 
-def evaluation_uniforms_bt(task: EvaluateTask) -> Uniforms | None:
+def evaluation_uniforms(task: EvaluateTask) -> SeededUniforms | None:
     """The uniforms that select the task's tokens; None where the most likely one is taken."""
     if task.temperature == 0:
         return None
     completions = completion_numbers(task.slots, task.samples_per_prompt)
-    return draw_uniforms_bt(task.seed, completions, task.max_tokens)
+    return SeededUniforms(task.seed, completions, task.max_tokens)

@@ -21,7 +21,13 @@ from shoal.protocol.ids import Digest
 from shoal.protocol.learning import CodecKind, CodecSpec
 from shoal.protocol.task import GradientTask
 from shoal.rl import codec
-from shoal.rl.batch import STATS_FIELDS, GradientPayload, GradientSlice, GradientStats
+from shoal.rl.batch import (
+    NO_MINIMUM,
+    STATS_FIELDS,
+    GradientPayload,
+    GradientSlice,
+    GradientStats,
+)
 from shoal.rl.differentiate import rows_that_teach
 from shoal.rl.gradient import slice_gradient
 
@@ -39,6 +45,19 @@ makes one that is rounding only as large as any other."""
 MAX_NORM_PER_TOKEN = 100.0
 """A summed gradient longer than this times its tokens is refused unread; honest ones stay
 below 10 and longer ones could hide everybody else's in the sum."""
+
+_COUNTS = frozenset(
+    {
+        "num_rows",
+        "live_tokens",
+        "kl_tokens",
+        "num_clippable",
+        "clipped_low",
+        "clipped_high",
+        "masked_tokens",
+    }
+)
+"""Figures that count tokens or rows, of which there are no more than tokens."""
 
 _ADAMW_SLACK = 4.0
 """Over the bound of one AdamW step, for bias correction (below √2) and weight decay."""
@@ -73,12 +92,27 @@ def check_plausible(payload: GradientPayload, task: GradientTask, rows: Gradient
     counted = payload.stats.num_tokens
     if counted != due:
         return Finding(passed=False, detail=f"{counted:g} tokens counted where {due} teach")
+    wild = _wild_figure(payload.stats)
+    if wild is not None:
+        return Finding(passed=False, detail=wild)
     norm, limit = payload.norm(), _max_norm(task, due, _num_values(payload))
     limit *= 1.0 + _residual_ratio(task.gradient.codec)
     if norm == 0 and payload.stats.live_tokens > 0:
         return Finding(passed=False, detail="the gradient is zero though rows teach")
     detail = f"norm {norm:.4g}, at most {limit:.4g} is plausible"
     return Finding(passed=norm <= limit, detail=detail)
+
+
+def _wild_figure(stats: GradientStats) -> str | None:
+    """What no slice can have counted, if there is any; unaudited it would spoil the batch's."""
+    for name in STATS_FIELDS:
+        value = getattr(stats, name)
+        if name in _COUNTS and not (0 <= value <= stats.num_tokens and value.is_integer()):
+            return f"{name} is {value:g} of {stats.num_tokens:g} tokens"
+        # Twice a figure below it, and the sum of those of many slices, are finite.
+        if abs(value) > NO_MINIMUM:
+            return f"{name} is {value:.4g}, which no slice can reach"
+    return None
 
 
 def check_link(payload: GradientPayload, evidence: ResidualEvidence) -> Finding:

@@ -99,6 +99,7 @@ class _History:
     best_reward: float = 0.0
     best_held_out: Estimate | None = None
     last_held_out: Estimate | None = None
+    last_version: int = -1
     reward_at_best: float = math.inf
 
     def add(self, metrics: Mapping[str, float]) -> None:
@@ -149,12 +150,16 @@ class HealthWatch:
         found = [diagnosis for rule in _RULES if (diagnosis := rule(self._history))]
         return self._began(found) + self._ended({diagnosis.code for diagnosis in found})
 
-    def see_evaluation(self, held_out: Estimate) -> None:
+    def see_evaluation(self, version: int, held_out: Estimate) -> None:
         """Takes in one evaluation of all held-out prompts; rules look at it with the next update.
 
-        Evaluations come in the order of their versions.
+        One that comes after a later version's is left out: accuracy that rises from version to
+        version would seem to fall, and the reward of its time is no longer known.
         """
         history = self._history
+        if version <= history.last_version:
+            return
+        history.last_version = version
         history.last_held_out = held_out
         best = history.best_held_out
         if best is None or held_out.value > best.value:

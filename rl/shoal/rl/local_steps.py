@@ -12,6 +12,7 @@ import torch
 
 from shoal.models.engine import OnProgress
 from shoal.models.policy import Policy
+from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.task import GradientTask
 from shoal.rl.batch import GradientSlice, GradientStats
 from shoal.rl.differentiate import SliceGradient, differentiate, row_logprobs, rows_that_teach
@@ -117,7 +118,13 @@ def _step(
     for name, parameter in parameters.items():
         mean = torch.from_numpy(found.gradients[name] / np.float32(divisor))
         parameter.grad = mean.to(parameter.device)
-    torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
+    if not torch.isfinite(norm):
+        raise InvalidRequest(
+            "The norm of a local step's gradient is not finite; lower the learning rate, or "
+            "inspect the batch's rewards and log-probabilities.",
+            code="not_finite",
+        )
     adamw.step()
     adamw.zero_grad(set_to_none=True)
 

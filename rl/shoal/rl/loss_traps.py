@@ -32,7 +32,7 @@ def job_warnings(spec: JobSpec) -> list[str]:
         warnings.append(
             f"max_staleness is {spec.max_staleness} and [correction] corrects nothing, so old "
             "samples are taken for new ones and learning may collapse; keep "
-            'token_bound = "truncate", or old_policy = "behaviour".'
+            'old_policy = "behaviour", or token_bound = "truncate".'
         )
     return warnings
 

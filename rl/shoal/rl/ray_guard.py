@@ -87,8 +87,7 @@ def require_guarded(address: str) -> None:
         InvalidRequest: it admits whoever reaches it.
         Unavailable: what answers there is no Ray of our version.
     """
-    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    answer = _knock(address, stranger | {"RAY_AUTH_MODE": "disabled"})
+    answer = _knock(address, stranger_environment(os.environ))
     if answer is _Answer.ADMITTED:
         raise InvalidRequest(
             f"The Ray cluster at {address} obeys whoever reaches it; start every node of it "
@@ -101,6 +100,19 @@ def require_guarded(address: str) -> None:
             "installed here; correct the address, or install the same Ray on every node.",
             code="ray_unavailable",
         )
+
+
+def stranger_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """That of a caller without a token, who can talk to the cluster for all else.
+
+    Without its TLS settings a cluster that uses TLS would answer nobody, token or not.
+    """
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith("RAY_") or name.startswith(("RAY_TLS_", "RAY_USE_TLS"))
+    }
+    return kept | {"RAY_AUTH_MODE": "disabled"}
 
 
 def require_unexposed(address: str, dashboard: str, hosts: Sequence[str]) -> None:
@@ -142,7 +154,8 @@ def make_temp_dir(data_dir: Path) -> Path:
 
 def _require_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in address or not 0 < int(port) < 1 << 16:
+    is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 1 << 16
+    if not host or not is_port or "/" in address:
         raise InvalidRequest(
             f"{address!r} is no Ray address; give HOST:PORT of the cluster's head, or nothing "
             "for a cluster on this machine.",

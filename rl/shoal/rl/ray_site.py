@@ -108,6 +108,7 @@ class RaySite:
         self._members: list[Member] = []
         self._starting: dict[Any, Member] = {}
         self._failed_starts = 0
+        self._empty_since_s = time.monotonic()
         self._last_loss = "none has started"
         self._blobs: OrderedDict[str, Any] = OrderedDict()
         self._factory: Callable[[], Runner] | None = None
@@ -137,7 +138,9 @@ class RaySite:
         """
         self._factory = factory
         self._on_loss = on_loss
-        self._recruit()
+        self._empty_since_s = time.monotonic()
+        with self._driving:
+            self._recruit()
 
     def wait_ready(self, num_actors: int = 1) -> None:
         """At least ``num_actors`` have started.
@@ -212,15 +215,21 @@ class RaySite:
 
     def _recruit(self) -> None:
         """As many actors as there should be have started or are about to."""
+        # Ray, once shut down, would start anew by itself.
+        self._require_open()
         while len(self._members) + len(self._starting) < self.num_actors:
             handle = self._class.remote(self._factory)
             self._starting[handle.ready.remote(_locate)] = Member(handle)
 
+    def _require_open(self) -> None:
+        if self._closing.is_set():
+            raise Unavailable("The Ray site is being closed.", code="site_closed")
+
     def _await_members(self, num_actors: int) -> None:
         self._recruit()
-        deadline_s = time.monotonic() + self.start_timeout_s
+        asked_s = time.monotonic()
         while len(self._members) < num_actors:
-            self._await_start(max(0.0, deadline_s - time.monotonic()))
+            self._await_start(asked_s if self._members else self._empty_since_s)
 
     def _wait(self, refs: Sequence[Any], timeout_s: float = math.inf) -> Any:
         """The first of ``refs`` to have something; None when the time is up.
@@ -230,8 +239,7 @@ class RaySite:
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            if self._closing.is_set():
-                raise Unavailable("The Ray site is being closed.", code="site_closed")
+            self._require_open()
             left_s = max(0.0, deadline_s - time.monotonic())
             done, _ = ray.wait(
                 list(refs), num_returns=1, timeout=min(_TICK_S, left_s), fetch_local=False
@@ -260,7 +268,7 @@ class RaySite:
     def _advance(self, work: _Run, on_progress: OnProgress) -> None:
         """Something has happened: a part ended or made a step, an actor started or died."""
         if not work.busy:
-            self._await_start(self.start_timeout_s)
+            self._await_start(self._empty_since_s)
             return
         ref = self._wait([*work.busy, *work.watches, *self._starting])
         if ref in self._starting:
@@ -307,16 +315,23 @@ class RaySite:
         """
         self._note_loss(error)
         self._members.remove(member)
+        if not self._members:
+            self._empty_since_s = time.monotonic()
         ray.kill(member.handle)
         self._recruit()
         work.losses[place] += 1
         if work.losses[place] >= _MAX_LOSSES:
             raise self._lost(f"{_MAX_LOSSES} died over the same part") from None
 
-    def _await_start(self, timeout_s: float) -> None:
-        """One more actor has started, or failed to."""
+    def _await_start(self, since_s: float) -> None:
+        """One more actor has started, or failed to; the time it may take began at ``since_s``.
+
+        So one task waits for a site that lost all its actors for good, and those after it end
+        at once.
+        """
         self._recruit()
-        ref = self._wait(list(self._starting), timeout_s)
+        deadline_s = since_s + self.start_timeout_s
+        ref = self._wait(list(self._starting), max(0.0, deadline_s - time.monotonic()))
         if ref is None:
             raise self._lost(f"none started within {self.start_timeout_s:.0f} s")
         self._enlist(ref)

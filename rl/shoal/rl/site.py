@@ -36,7 +36,7 @@ class SiteShape:
         cpus_per_actor: CPUs declared for each.
         gpus_per_actor: GPUs declared for each; None is one where the cluster has any.
         object_store_bytes: Shared memory of a cluster started here.
-        start_timeout_s: How long a task waits for a first actor.
+        start_timeout_s: How long a first actor may take, once there is none.
     """
 
     num_actors: int | None = None

@@ -21,6 +21,7 @@ import torch
 
 from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
+from shoal.models.sampling import completion_numbers, draw_uniforms_bt
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import PeerFault
 from shoal.protocol.result import Check, CheckName, Result
@@ -34,7 +35,7 @@ from shoal.rl.batch import (
     prompt_sha256,
 )
 from shoal.rl.environments import Environment, Split
-from shoal.rl.evaluation import evaluation_uniforms_bt, sampling_temperature
+from shoal.rl.evaluation import sampling_temperature
 from shoal.rl.gradient import decode_slice
 from shoal.rl.gradient_audit import (
     Finding,
@@ -373,19 +374,20 @@ def _audit_evaluation(
     tolerance: float,
 ) -> None:
     rows = [prompt for prompt in prompts for _ in range(task.samples_per_prompt)]
-    uniforms_bt = evaluation_uniforms_bt(task)
+    greedy = task.temperature == 0
+    numbers = completion_numbers(task.slots, task.samples_per_prompt)
     worst = 0.0
     for part, logprobs_btv, ids_bt, mask_bt in _recomputed(
         policy, rows, payload, sampling_temperature(task)
     ):
-        if uniforms_bt is None:
+        if greedy:
             ours_bt = logprobs_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2)
             off_bt = logprobs_btv.amax(dim=2) - ours_bt
         else:
-            drawn_bt = torch.from_numpy(uniforms_bt[part, : ids_bt.shape[1]])
-            off_bt = _off_draw_bt(logprobs_btv, ids_bt, drawn_bt)
+            due_bt = draw_uniforms_bt(task.seed, numbers[part], ids_bt.shape[1])
+            off_bt = _off_draw_bt(logprobs_btv, ids_bt, torch.from_numpy(due_bt))
         worst = max(worst, float(off_bt[mask_bt].max()))
-    what = "below the likeliest" if uniforms_bt is None else "from the one that had to be drawn"
+    what = "below the likeliest" if greedy else "from the one that had to be drawn"
     detail = f"recomputed: a token was {worst:.3g} {what}, {tolerance:g} allowed"
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
 

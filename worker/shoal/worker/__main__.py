@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("data-dir", "DIR", f"keys, models and receipts ({defaults['data_dir']})"),
         ("rpc-url", "URL", "a chain node of your own (the orchestrator's proposal)"),
         ("device", "NAME", f"auto, cpu, cuda or mps ({defaults['device']})"),
+        ("engine", "NAME", f"what samples: auto, loop or vllm ({defaults['engine']})"),
     )
     for option, metavar, text in texts:
         parser.add_argument(f"--{option}", metavar=metavar, help=text)
@@ -102,7 +103,7 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InvalidRequest: a ``--set`` without ``=``.
     """
-    names = ("orchestrator", "name", "stake", "data_dir", "rpc_url", "device")
+    names = ("orchestrator", "name", "stake", "data_dir", "rpc_url", "device", "engine")
     options = {name: getattr(arguments, name) for name in names}
     options["ray.address"] = arguments.ray
     for kind in FloorPrices.model_fields:

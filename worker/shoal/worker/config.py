@@ -33,6 +33,14 @@ class Device(StrEnum):
     MPS = "mps"
 
 
+class SamplingChoice(StrEnum):
+    """What draws completions; ``auto`` is ``loop``, which runs on every device."""
+
+    AUTO = "auto"
+    LOOP = "loop"
+    VLLM = "vllm"
+
+
 def _dollars(text: str) -> str:
     parse_dollars(text, "the amount")
     return text
@@ -126,6 +134,7 @@ class WorkerConfig(_Section):
             never moves money.
         rpc_url: A chain node of the provider's own; absent uses the orchestrator's proposals.
         device: Where the model runs.
+        engine: What draws completions: Shoal's own loop, or vLLM.
         ray: A cluster of the provider's own to compute on.
         niceness: How far below other programs the process runs (0 to 19).
         claim_interval_s: Pause between two looks at what is owed.
@@ -151,6 +160,7 @@ class WorkerConfig(_Section):
     stake: Dollars | None = None
     rpc_url: str | None = Field(default=None, max_length=500)
     device: Device = Device.AUTO
+    engine: SamplingChoice = SamplingChoice.AUTO
     ray: RaySettings = RaySettings()
     niceness: int = Field(default=5, ge=0, le=19)
     claim_interval_s: float = Field(default=30.0, ge=0.1, le=86_400)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal.protocol.canonical import digest_of, sha256_hex
-from shoal.protocol.errors import PeerFault
+from shoal.protocol.errors import InvariantBroken, PeerFault, Unavailable
 from shoal.protocol.ids import Digest
 from shoal.protocol.job import EnvSpec
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
-from shoal.worker.config import Device
+from shoal.worker.config import Device, SamplingChoice
 from shoal.worker.ports import AnyTask, TaskInput, TaskOutput
 
 if TYPE_CHECKING:
+    from shoal.models.engine import SamplingEngine
     from shoal.models.policy import Policy
+    from shoal.models.vllm_engine import VllmEngine
     from shoal.rl.environments import Environment
 
 _MAX_BASES: Final = 2
@@ -35,10 +38,14 @@ class PolicyEngine:
     Args:
         device: Where the model runs.
         num_threads: CPU threads it may use.
+        sampling: What draws completions.
     """
 
-    def __init__(self, device: Device, num_threads: int) -> None:
+    def __init__(
+        self, device: Device, num_threads: int, sampling: SamplingChoice = SamplingChoice.AUTO
+    ) -> None:
         self._wanted = device
+        self._sampler = VllmSampler() if sampling is SamplingChoice.VLLM else None
         self._num_threads = num_threads
         self._device: str | None = None
         self._bases: OrderedDict[str, Any] = OrderedDict()
@@ -46,12 +53,20 @@ class PolicyEngine:
         self._environments: OrderedDict[str, Environment] = OrderedDict()
 
     def prepare(self) -> None:
-        """torch, transformers and PEFT are imported; a model is not loaded yet."""
+        """torch, transformers and PEFT are imported; a model is not loaded yet.
+
+        Raises:
+            InvalidRequest: vLLM is to sample, and is not there.
+        """
         import shoal.rl.evaluation
         import shoal.rl.gradient  # noqa: F401  # named only to be loaded
         from shoal.models.libraries import load_libraries
 
         load_libraries(self._num_threads)
+        if self._sampler is not None:
+            from shoal.models.vllm_engine import require_vllm
+
+            require_vllm()
 
     def run(self, task: AnyTask, inputs: TaskInput, on_progress: Callable[[], None]) -> TaskOutput:
         """The task's output, under the policy version the task names.
@@ -64,18 +79,32 @@ class PolicyEngine:
         started_s = time.monotonic()
         policy, policy_sha256 = self._load(task, inputs)
         on_progress()
-        payload, num_tokens, residual = self._compute(
-            policy, task, inputs, lambda *_: on_progress()
-        )
+        with self._engine_of(policy, task, inputs) as engine:
+            payload, num_tokens, residual = self._compute(
+                policy, task, inputs, lambda *_: on_progress()
+            )
         return TaskOutput(
             payload=payload,
             residual=residual,
             policy_sha256=policy_sha256,
             num_tokens=num_tokens,
             compute_ms=int((time.monotonic() - started_s) * 1000),
-            engine=policy.engine.name,
-            dtype="float32",
+            engine=engine.name,
+            dtype=engine.dtype,
         )
+
+    @contextlib.contextmanager
+    def _engine_of(
+        self, policy: Policy, task: AnyTask, inputs: TaskInput
+    ) -> Iterator[SamplingEngine]:
+        """What computes the task; while it lasts ``policy`` samples with it."""
+        own = policy.engine
+        if self._sampler is not None and not isinstance(task, GradientTask):
+            policy.engine = self._sampler.engine_for(policy, inputs)
+        try:
+            yield policy.engine
+        finally:
+            policy.engine = own
 
     def _load(self, task: AnyTask, inputs: TaskInput) -> tuple[Policy, Digest]:
         """The policy with the task's adapter in it, and the digest of what was loaded."""
@@ -167,6 +196,59 @@ class PolicyEngine:
         if self._device is None:
             self._device = _best_device() if self._wanted is Device.AUTO else self._wanted.value
         return self._device
+
+
+class VllmSampler:
+    """The one vLLM engine of this process, of the base that came first."""
+
+    def __init__(self) -> None:
+        self._base_sha256 = ""
+        self._engine: VllmEngine | None = None
+        self._policy: Policy | None = None
+
+    def engine_for(self, policy: Policy, inputs: TaskInput) -> VllmEngine:
+        """The engine, which samples with what ``policy`` holds at each call.
+
+        Raises:
+            Unavailable: the engine is of another base or for smaller adapters, the job trains
+                every weight, or vLLM does not start.  None of it is the job's fault.
+        """
+        if policy.lora is None:
+            raise Unavailable(
+                "vLLM samples with an adapter and this job trains every weight; a worker with "
+                "engine = auto can do it.",
+                code="vllm_needs_adapter",
+            )
+        if self._engine is None:
+            self._engine = self._open(policy, policy.lora.r, inputs)
+            self._base_sha256 = inputs.base_sha256
+        elif inputs.base_sha256 != self._base_sha256 or policy.lora.r > self._engine.max_rank:
+            raise Unavailable(
+                f"vLLM holds base {self._base_sha256[:12]} and adapters up to rank "
+                f"{self._engine.max_rank} until the worker is started again; the task is for "
+                f"base {inputs.base_sha256[:12]} and rank {policy.lora.r}.",
+                code="vllm_taken",
+            )
+        self._policy = policy
+        return self._engine
+
+    def _open(self, policy: Policy, rank: int, inputs: TaskInput) -> VllmEngine:
+        from shoal.models.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            inputs.base_folder,
+            rank=rank,
+            eos_ids=policy.eos_ids,
+            adapter_sha256=lambda: self._current().adapter_sha256(),
+            write_adapter=lambda folder: self._current().save_adapter(
+                folder, str(inputs.base_folder), inputs.base_sha256
+            ),
+        )
+
+    def _current(self) -> Policy:
+        if self._policy is None:
+            raise InvariantBroken("vLLM was asked to sample before it was given a policy.")
+        return self._policy
 
 
 def _load_adapter(policy: Policy, adapter: bytes) -> None:

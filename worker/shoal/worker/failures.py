@@ -17,6 +17,7 @@ _OF_CODE: Final = {
     "refused_environment": FailureCause.ENVIRONMENT,
     "invalid_environment_argument": FailureCause.ENVIRONMENT,
     "invalid_prompt": FailureCause.ENVIRONMENT,
+    "empty_prompt": FailureCause.ENVIRONMENT,
     "invalid_prompt_index": FailureCause.ENVIRONMENT,
     "wrong_base": FailureCause.WRONG_BASE,
     "wrong_policy": FailureCause.WRONG_BASE,

@@ -13,7 +13,7 @@ from shoal.network.identity import NodeIdentity
 from shoal.protocol.errors import Expired, ShoalError, Unavailable
 from shoal.protocol.keystore import load_or_create_account
 from shoal.protocol.node import HelloReply
-from shoal.worker.config import Device, WorkerConfig
+from shoal.worker.config import Device, SamplingChoice, WorkerConfig
 from shoal.worker.earnings import Collector
 from shoal.worker.events import configure_logging, log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
@@ -51,8 +51,7 @@ async def run_worker(config: WorkerConfig) -> None:
     os.nice(config.niceness)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, stop.set)
+    _stop_on_signals(stop)
     try:
         await serve(config, stop)
     except ShoalError as error:
@@ -66,6 +65,11 @@ async def run_worker(config: WorkerConfig) -> None:
 
 async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
     """A worker of real parts has worked until ``stop`` was set."""
+    if config.engine is SamplingChoice.VLLM:
+        from shoal.models.vllm_engine import require_vllm
+
+        # In a thread, and before anything is bid for: it takes seconds, and may be refused.
+        await asyncio.to_thread(require_vllm)
     # Imported here, so that naming this module does not cost a libp2p and a web3 import.
     from shoal.network.blob_client import BlobClient
     from shoal.network.blob_store import BlobStore
@@ -82,10 +86,12 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
         async def connect(greeting: HelloReply) -> ProviderChain:
             return await resources.enter_async_context(_chain(config, credentials, greeting))
 
-        engine: Engine = PolicyEngine(config.device, config.num_threads)
+        engine: Engine = PolicyEngine(config.device, config.num_threads, config.engine)
         if config.ray.address is not None:
-            # In a thread, and before anything is bid for: it takes seconds, and may be refused.
+            # Likewise in a thread, and before anything is bid for.
             site = await asyncio.to_thread(open_engine, config)
+            # Ray put a handler of its own before ours, which aborts 3 s after SIGTERM.
+            _stop_on_signals(stop)
             resources.push_async_callback(asyncio.to_thread, site.close)
             config = config.with_actors(site.num_actors)
             log_event("site_joined", actors=site.num_actors)
@@ -99,6 +105,13 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
             device=_device_name(config.device),
         )
         await WorkerNode(config, parts).run(stop)
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set ``stop``, and nothing else."""
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop.set)
 
 
 async def claim_all(config: WorkerConfig) -> int:

@@ -10,6 +10,7 @@ from shoal.protocol.ids import Account, PeerId
 from shoal.protocol.market import Lease, TaskKind
 from shoal.protocol.money import format_dollars
 from shoal.protocol.node import LeaseOffer
+from shoal.protocol.policy import MAX_ADAPTER_BYTES
 from shoal.protocol.signing import Domain
 from shoal.protocol.task import GradientTask, RolloutTask
 from shoal.worker.config import WorkerConfig
@@ -17,7 +18,6 @@ from shoal.worker.ports import AnyTask
 
 MAX_HELD_LEASES = 256
 """One heartbeat names at most so many."""
-MAX_ADAPTER_BYTES = 1 << 30
 MAX_SLICE_BYTES = 256 << 20
 
 

@@ -28,11 +28,15 @@ _MAX_LOANS: Final = 64
 
 @dataclass(kw_only=True)
 class _Loan:
-    """A gradient under way: the residual it was given, and the one it leaves, by digest."""
+    """A gradient under way: the residual it was given, and the one it leaves, by digest.
+
+    ``stale`` once its session has ended: then neither becomes free.
+    """
 
     job_id: str
     before: str | None
     after: str | None = None
+    stale: bool = False
 
 
 class ResidualBook:
@@ -109,8 +113,14 @@ class ResidualBook:
                 self._drop_free(job_id)
 
     def forget(self) -> None:
-        """No residual is free: those of a session that has ended may not be known any more."""
+        """No residual is free: those of a session that has ended may not be known any more.
+
+        Those under way are still shown when asked for, and gone once their gradient is over.
+        """
         self.retain(())
+        with self._lock:
+            for loan in self._loans.values():
+                loan.stale = True
 
     def _end(self, task_sha256: str, *, accepted: bool) -> None:
         loan = self._loans.pop(task_sha256, None)
@@ -118,10 +128,11 @@ class ResidualBook:
             return
         self._tasks = {k: v for k, v in self._tasks.items() if v != task_sha256}
         right, wrong = (loan.after, loan.before) if accepted else (loan.before, loan.after)
-        if right is not None:
+        if right is not None and not loan.stale:
             self._free.setdefault(loan.job_id, deque()).append(right)
-        if wrong is not None:
-            self._remove(wrong)
+        for digest in (right, wrong):
+            if digest is not None:
+                self._remove(digest)
 
     def _drop_free(self, job_id: str) -> None:
         for digest in self._free.pop(job_id, ()):

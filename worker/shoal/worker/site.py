@@ -13,7 +13,7 @@ from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.task import GradientTask
 from shoal.worker.base_copies import BaseCopies
-from shoal.worker.config import LOCAL_RAY, Device, WorkerConfig
+from shoal.worker.config import LOCAL_RAY, Device, SamplingChoice, WorkerConfig
 from shoal.worker.engine import PolicyEngine
 from shoal.worker.events import log_event
 from shoal.worker.ports import AnyTask, TaskInput, TaskOutput
@@ -30,12 +30,15 @@ class SiteRunner(BaseCopies):
     Args:
         device: Where the model runs.
         num_threads: CPU threads it may use.
+        sampling: What draws completions.
         cache: Where bases are kept on nodes other than the worker's own.
     """
 
-    def __init__(self, device: Device, num_threads: int, cache: Path) -> None:
+    def __init__(
+        self, device: Device, num_threads: int, sampling: SamplingChoice, cache: Path
+    ) -> None:
         super().__init__(cache)
-        self._engine = PolicyEngine(device, num_threads)
+        self._engine = PolicyEngine(device, num_threads, sampling)
         self._engine.prepare()
 
     def run(
@@ -70,7 +73,7 @@ class SiteEngine:
     def __init__(self, site: RaySite, config: WorkerConfig) -> None:
         self._site = site
         self._factory = functools.partial(
-            SiteRunner, config.device, config.num_threads, config.ray.cache_dir
+            SiteRunner, config.device, config.num_threads, config.engine, config.ray.cache_dir
         )
 
     @property
