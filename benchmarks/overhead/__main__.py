@@ -1,7 +1,7 @@
-"""``python -m benchmarks.overhead [--pairs 3] [--set max_steps=60]``.
+"""``python -m benchmarks.overhead [--pairs 3] [--workers 2] [--set max_steps=60]``.
 
 Each pair runs the example job twice: through a whole market on this machine (chain,
-orchestrator, three workers) and as the same rollouts, gradients, updates and evaluations in
+orchestrator, workers) and as the same rollouts, gradients, updates and evaluations in
 one process with no market, network, chain or verification.  Both start from a ready market
 or a loaded interpreter; the base model is built beforehand.
 """
@@ -29,10 +29,13 @@ from shoal.protocol.keystore import load_account
 EXAMPLE = Path(__file__).parents[2] / "examples/addition.toml"
 
 
-async def run_market(spec: JobSpec, root: Path) -> float:
+async def run_market(spec: JobSpec, root: Path, workers: int) -> float:
     """Wall seconds from submission to completion, escrow opened and closed included."""
+    options = DevnetOptions(
+        data_dir=root / "devnet", models_dir=root / "models", num_workers=workers
+    )
     async with (
-        Devnet(DevnetOptions(data_dir=root / "devnet", models_dir=root / "models")) as devnet,
+        Devnet(options) as devnet,
         ShoalClient(devnet.running.api_url) as client,
     ):
         account = load_account(devnet.running.requester_key)
@@ -58,6 +61,7 @@ def main() -> None:
     """Prints one line a pair, then medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     spec = load_job_file(EXAMPLE, arguments.set)
@@ -67,7 +71,7 @@ def main() -> None:
         run_local(spec.model_copy(update={"max_steps": 1}), models, 1)
         rows = []
         for pair in range(arguments.pairs):
-            market_s = asyncio.run(run_market(spec, root))
+            market_s = asyncio.run(run_market(spec, root, arguments.workers))
             one_s, two_s = run_local(spec, models, 1), run_local(spec, models, 2)
             rows.append((market_s / one_s, market_s / two_s))
             print(

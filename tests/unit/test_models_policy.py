@@ -316,3 +316,18 @@ def test_stirring_changes_what_is_said(lab: Lab) -> None:
     before = calm.adapter_sha256()
     stir(calm)
     assert calm.adapter_sha256() != before
+
+
+def test_prompts_met_again_are_encoded_alike_and_memory_stays_bounded(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = lab.policy
+    first = policy.encode_prompts(["1+2=", "3+4=", "1+2="])
+    assert first[0] == first[2] != first[1]
+    # What a caller does to its copy is its own business.
+    first[0].append(0)
+    assert policy.encode_prompts(["1+2="]) == [first[2]]
+    monkeypatch.setattr("shoal.models.policy.MAX_REMEMBERED_TOKENS", 64)
+    for number in range(100):
+        policy.encode_prompts([f"{number}+2="])
+        assert len(policy._encoded) <= 64

@@ -32,6 +32,8 @@ from shoal.protocol.learning import LoraSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+MAX_REMEMBERED_TOKENS = 1 << 20
+"""Prompts are kept encoded up to about so many tokens, judged by the lengths of the last ones."""
 _HEADER_ALLOWANCE_BYTES = 1 << 20
 _WIRE_INFIX = ".default"
 """PEFT's name for the one adapter inside a model; left out of the names in its files."""
@@ -60,6 +62,7 @@ class Policy:
         self._untrained: Any = None
         self.model = model
         self.tokenizer = tokenizer
+        self._encoded: dict[str, list[int]] = {}
         self.lora = lora
         self.device = device
         self.eos_ids = _eos_ids(model, tokenizer)
@@ -154,10 +157,17 @@ class Policy:
         Raises:
             InvalidRequest: a text gives no tokens.
         """
-        rows = [list(row) for row in self.tokenizer(list(texts))["input_ids"]]
-        if not all(rows):
-            raise InvalidRequest("A prompt is empty; every prompt needs at least one token.")
-        return rows
+        # The same prompts come back in every batch, to be sampled and to be checked.
+        new = [text for text in dict.fromkeys(texts) if text not in self._encoded]
+        if new:
+            rows = dict(zip(new, self.tokenizer(new)["input_ids"], strict=True))
+            if not all(rows.values()):
+                raise InvalidRequest("A prompt is empty; every prompt needs at least one token.")
+            self._encoded |= rows
+        found = [list(self._encoded[text]) for text in texts]
+        if sum(map(len, found)) * len(self._encoded) > MAX_REMEMBERED_TOKENS * len(found):
+            self._encoded.clear()
+        return found
 
     def decode_completion(self, tokens: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
