@@ -33,7 +33,9 @@ test: check ## everything CI runs: check, then contracts, integration and end-to
 	cd contracts/solidity && ../../$(CHAIN)/node_modules/.bin/forge test --offline
 	$(BIN)/python -m pytest -q -m "not slow" tests/integration tests/e2e
 
-test-slow: setup ## the tests that take longer than a minute each
+test-slow: setup ## the tests that take longer than a minute each, and those against TRL
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[dev,peer]"
 	$(BIN)/python -m pytest -q -m slow tests
 
 contracts: setup ## compile the contracts, renew what the wheel ships of them, test them

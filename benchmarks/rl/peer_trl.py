@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
-from datasets import Dataset  # type: ignore[import-untyped]
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
@@ -60,7 +60,7 @@ class TimedTrainer(GRPOTrainer):
     def training_step(self, *arguments: Any, **named: Any) -> Any:
         """One forward and backward pass, with the generation before it."""
         started_s = time.process_time()
-        output = super().training_step(*arguments, **named)  # type: ignore[no-untyped-call]
+        output = super().training_step(*arguments, **named)
         self.pass_cpu_s.append(time.process_time() - started_s)
         return output
 
