@@ -218,7 +218,7 @@ def _build(folder: Path) -> None:
 def run_worker(role: Role, folder: Path) -> None:
     """Does one task as a worker would, and prints resident bytes before and at the peak."""
     import peft  # noqa: F401  # part of the idle program
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  # too
 
     torch.set_num_threads(1)
     idle = _resident("VmRSS")

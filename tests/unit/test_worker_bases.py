@@ -86,7 +86,7 @@ def test_a_base_nobody_has_is_asked_for_again(tmp_path: Path) -> None:
     async def script(world: World) -> None:
         weights = world.blobs.held.pop(blob(BASE_FILES["model.safetensors"]).sha256)
         world.keeper.with_base([world.job])
-        while blob(weights).sha256 not in world.blobs.fetched:  # noqa: ASYNC110
+        while blob(weights).sha256 not in world.blobs.fetched:  # noqa: ASYNC110  # the double tells of no fetch
             await asyncio.sleep(0)
         assert not world.came.is_set()
         world.blobs.held[blob(weights).sha256] = weights
@@ -102,7 +102,7 @@ def test_a_base_that_lists_a_pickle_is_not_fetched(tmp_path: Path) -> None:
         world.blobs.held[blob(evil).sha256] = evil
         job = world.job.model_copy(update={"base": blob(evil)})
         world.keeper.with_base([job])
-        while blob(evil).sha256 not in world.blobs.fetched:  # noqa: ASYNC110
+        while blob(evil).sha256 not in world.blobs.fetched:  # noqa: ASYNC110  # the double tells of no fetch
             await asyncio.sleep(0)
         assert BASE.files[0].blob.sha256 not in world.blobs.fetched
         assert world.keeper.with_base([job]) == ()
