@@ -6,9 +6,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
 
-from shoal.market.book import StandingBid
 from shoal.protocol.market import ANY_JOB, Bid, Lease, Lot, LotClass, TaskKind
-from shoal.protocol.signing import Domain, Signed
+from shoal.protocol.signing import Domain
 
 JOB_ID = "0x" + "ab" * 32
 DOMAIN = Domain(chain_id=31337, escrow="0x" + "5" * 40)
@@ -49,12 +48,6 @@ def bid(node: int = 1, **changes: object) -> Bid:
     return Bid.model_validate(fields | changes)
 
 
-def standing(node: int = 1, **changes: object) -> StandingBid:
-    """A standing bid with a made-up signature, for rules that do not look at it."""
-    signature = "0x" + "00" * 65
-    return StandingBid.of(Signed[Bid](record=bid(node, **changes), signature=signature))
-
-
 def lot(num_units: int = 16, **changes: object) -> Lot:
     """A rollout lot of the test job."""
     fields: dict[str, object] = {
@@ -78,6 +71,8 @@ def lease(node: int = 1, **changes: object) -> Lease:
     fields: dict[str, object] = {
         "lease_id": "lease_0123456789",
         "lease_epoch": 2,
+        "certificate_sha256": "c" * 64,
+        "rung": 0,
         "lot_id": "lot_0123456789",
         "job_id": JOB_ID,
         "task_id": "task_0123456789",

@@ -1,4 +1,4 @@
-"""What holds for every auction, every life of a lease, every ledger."""
+"""What holds for every life of a lease and every ledger."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from market_records import DOMAIN, JOB_ID, NOW_MS, SEED, account, lease, lot, peer, standing
+from market_records import DOMAIN, JOB_ID, NOW_MS, account, lease, peer
 
-from shoal.market.auction import clear
-from shoal.market.book import StandingBid
 from shoal.market.lease import (
     LeaseRecord,
     due,
@@ -26,83 +24,6 @@ from shoal.market.lease import (
 )
 from shoal.market.settlement import Ledger, PayEntry
 from shoal.protocol.errors import Expired, InvalidRequest, OverBudget, PeerFault
-from shoal.protocol.market import Bid, TaskKind
-
-bids = st.builds(
-    lambda node, price, capacity, until, kind: standing(
-        node,
-        price_micros=price,
-        capacity=capacity,
-        valid_until_ms=NOW_MS + until,
-        kind=kind,
-    ),
-    st.integers(1, 6),
-    st.integers(1, 250),
-    st.integers(1, 12),
-    st.integers(0, 3),
-    st.sampled_from([TaskKind.ROLLOUT, TaskKind.ROLLOUT, TaskKind.GRADIENT]),
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    book=st.lists(bids, max_size=10),
-    tasks=st.integers(1, 10),
-    per_task=st.integers(1, 4),
-    busy=st.dictionaries(st.integers(1, 6), st.integers(0, 12)),
-    shuffle=st.randoms(use_true_random=False),
-)
-def test_a_clearing_is_fair_whole_and_independent_of_order(
-    book: list[StandingBid],
-    tasks: int,
-    per_task: int,
-    busy: dict[int, int],
-    shuffle: random.Random,
-) -> None:
-    in_flight = {(peer(n), TaskKind.ROLLOUT): units for n, units in busy.items()}
-    auctioned = lot(tasks * per_task)
-
-    def run(entries: list[StandingBid]) -> object:
-        return clear(
-            auctioned,
-            entries,
-            in_flight=in_flight,
-            seed=SEED,
-            now_ms=NOW_MS,
-            task_sizes=[per_task] * tasks,
-        )
-
-    clearing = clear(
-        auctioned,
-        book,
-        in_flight=in_flight,
-        seed=SEED,
-        now_ms=NOW_MS,
-        task_sizes=[per_task] * tasks,
-    )
-    shuffled = book * 2
-    shuffle.shuffle(shuffled)
-    assert run(shuffled) == clearing
-    by_digest: dict[str, Bid] = {entry.sha256: entry.bid for entry in book}
-    won = sum(award.num_units for award in clearing.awards)
-    assert won + clearing.unfilled_units == auctioned.num_units
-    winners = {award.bid_sha256 for award in clearing.awards}
-    losers = {rejection.bid_sha256: rejection.reason for rejection in clearing.rejected}
-    assert winners | set(losers) == set(by_digest)
-    assert not winners & set(losers)
-    for award in clearing.awards:
-        bid = by_digest[award.bid_sha256]
-        assert award.unit_price_micros == bid.price_micros <= auctioned.reserve_micros
-        assert award.num_units % per_task == 0
-        node_total = sum(a.num_units for a in clearing.awards if a.node == award.node)
-        largest = max(b.capacity for b in by_digest.values() if b.node == award.node)
-        assert node_total + in_flight.get((award.node, TaskKind.ROLLOUT), 0) <= largest
-    # Nobody cheaper was left out in favour of somebody dearer.
-    dearest = max((a.unit_price_micros for a in clearing.awards), default=0)
-    for digest, reason in losers.items():
-        if reason == "outbid":
-            assert by_digest[digest].price_micros >= dearest
-            assert clearing.unfilled_units == 0
 
 
 class LeaseLife(RuleBasedStateMachine):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from market_records import NOW_MS, lease, peer
+from market_records import JOB_ID, NOW_MS, lease, peer
 
 from shoal.market.lease import (
     LeaseRecord,
     LeaseState,
-    deadline_after_ms,
     due,
     expire_if_due,
     heartbeat,
@@ -19,8 +18,11 @@ from shoal.market.lease import (
     revoke,
     start,
     submit,
+    take,
 )
+from shoal.market.pace import Pace
 from shoal.protocol.errors import Clock, Expired, InvalidRequest, PeerFault
+from shoal.protocol.market import TaskKind
 
 RESULT = "a" * 64
 
@@ -82,6 +84,41 @@ def test_each_clock_runs_out_just_after_its_timer(
     with pytest.raises(Expired) as caught:
         submit(expired, node=peer(1), lease_epoch=2, result_sha256=RESULT, now_ms=NOW_MS)
     assert caught.value.clock is clock
+
+
+def test_the_offer_the_start_and_the_heartbeat_have_clocks_of_their_own() -> None:
+    offered = offer(lease(), answer_within_ms=500)
+    assert due(offered, NOW_MS + 500) is None
+    unanswered = expire_if_due(offered, now_ms=NOW_MS + 501)
+    assert unanswered.clock is Clock.OFFER
+    assert "not answered" in (unanswered.reason or "")
+    with pytest.raises(Expired) as caught:
+        take(offered, node=peer(1), lease_epoch=2, now_ms=NOW_MS + 501)
+    assert caught.value.clock is Clock.OFFER
+
+    taken = take(offered, node=peer(1), lease_epoch=2, now_ms=NOW_MS + 500)
+    assert (taken.state, taken.state.is_open) == (LeaseState.TAKEN, True)
+    assert take(taken, node=peer(1), lease_epoch=2, now_ms=NOW_MS + 600) == taken
+    assert due(taken, NOW_MS + 2_000) is None
+    assert expire_if_due(taken, now_ms=NOW_MS + 2_001).clock is Clock.START
+
+    begun = heartbeat(taken, node=peer(1), lease_epoch=2, progress=0, now_ms=NOW_MS + 2_000)
+    assert begun.state is LeaseState.RUNNING
+    assert take(begun, node=peer(1), lease_epoch=2, now_ms=NOW_MS + 2_001) == begun
+    assert due(begun, NOW_MS + 5_000) is None
+    assert expire_if_due(begun, now_ms=NOW_MS + 5_001).clock is Clock.HEARTBEAT
+
+
+def test_a_lease_that_was_taken_can_be_given_back_or_handed_in() -> None:
+    taken = take(offer(lease()), node=peer(1), lease_epoch=2, now_ms=NOW_MS)
+    back = refuse(taken, node=peer(1), lease_epoch=2, reason="full", now_ms=NOW_MS + 1)
+    assert back.state is LeaseState.REFUSED
+    done = submit(taken, node=peer(1), lease_epoch=2, result_sha256=RESULT, now_ms=NOW_MS + 1)
+    assert done.state is LeaseState.SUBMITTED
+    with pytest.raises(PeerFault):
+        take(offer(lease()), node=peer(2), lease_epoch=2, now_ms=NOW_MS)
+    with pytest.raises(InvalidRequest):
+        take(back, node=peer(1), lease_epoch=2, now_ms=NOW_MS + 2)
 
 
 def test_progress_must_rise_within_its_window() -> None:
@@ -153,7 +190,12 @@ def test_refusing_and_revoking_end_an_open_lease_only() -> None:
 def test_deadlines_are_three_times_the_slow_tenth() -> None:
     assert p90_up(list(range(1, 11))) == 9
     assert p90_up([7]) == 7
-    assert deadline_after_ms(100, 8, 1_000) == 2_400
-    assert deadline_after_ms(100, 2, 1_000) == 1_000
+    pace = Pace()
+    for unit_ms in range(10, 101, 10):
+        pace.note(JOB_ID, TaskKind.ROLLOUT, peer(1), unit_ms)
+    for backlog_ms, allowed_ms in ((0, 3 * 90 * 8), (100, 3 * (90 * 8 + 100))):
+        assert allowed_ms == pace.allowance_ms(
+            JOB_ID, TaskKind.ROLLOUT, peer(1), 8, backlog_ms=backlog_ms, first_ms=1
+        )
     with pytest.raises(InvalidRequest):
         p90_up([])

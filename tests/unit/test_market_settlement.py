@@ -56,6 +56,18 @@ def test_a_task_is_paid_once_whichever_lease_it_comes_from() -> None:
     assert ledger.free_micros == 700
 
 
+def test_the_refund_is_what_nobody_is_owed() -> None:
+    ledger = Ledger(JOB_ID, 1_000)
+    ledger.hold("lease_0000000001", 300)
+    with pytest.raises(InvalidRequest) as caught:
+        ledger.refund()
+    assert caught.value.code == "leases_open"
+    ledger.accept(entry(1, 299))
+    ledger.top_up(5)
+    assert ledger.refund() == 706
+    assert ledger.refund() + ledger.payouts(1).total_micros == ledger.funded_micros
+
+
 def test_pay_above_the_hold_stops_the_process() -> None:
     ledger = Ledger(JOB_ID, 1_000)
     ledger.hold("lease_0000000001", 300)

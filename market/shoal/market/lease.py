@@ -2,10 +2,16 @@
 
 ::
 
-    OFFERED ──start──▶ RUNNING ──submit──▶ SUBMITTED ──judge──▶ ACCEPTED | REJECTED
-       │                  │            │
-       │                  │            └─outrun─▶ REVOKED
-       └──────────────────┴─▶ EXPIRED (clock named) | REFUSED | FAILED (cause) | REVOKED
+    OFFERED ──take──▶ TAKEN ──start──▶ RUNNING ──submit──▶ SUBMITTED ──judge──▶ ACCEPTED
+       │                │                 │            │                        | REJECTED
+       │                │                 │            └─outrun─▶ REVOKED
+       └────────────────┴─────────────────┴─▶ EXPIRED (clock named) | REFUSED
+                                              | FAILED (cause) | REVOKED
+
+Three clocks, each with a name of its own: the *offer* clock until the holder answers, the
+*start* clock until it is first heard of at work, the *heartbeat* clock for silence and for
+standing still; and over all of them the deadline.  Who starts or submits without having said
+that it takes the lease has taken it.
 
 Each function returns a new record or raises; none reads a clock.  Whoever stores records
 replaces the old one only if it is still the one the function was given.
@@ -27,12 +33,14 @@ from shoal.protocol.record import Record
 MISSED_HEARTBEATS = 3
 DEFAULT_PROGRESS_WINDOW_MS = 60_000
 DEADLINE_FACTOR = 3
+"""A lease may last three times p90. Source: docs/architecture, "Market"."""
 
 
 class LeaseState(StrEnum):
-    """Where a lease is; the last six are final."""
+    """Where a lease is; the last five are final."""
 
     OFFERED = "offered"
+    TAKEN = "taken"
     RUNNING = "running"
     SUBMITTED = "submitted"
     ACCEPTED = "accepted"
@@ -45,7 +53,7 @@ class LeaseState(StrEnum):
     @property
     def is_open(self) -> bool:
         """Whether the holder may still deliver a result."""
-        return self in (LeaseState.OFFERED, LeaseState.RUNNING)
+        return self in (LeaseState.OFFERED, LeaseState.TAKEN, LeaseState.RUNNING)
 
     @property
     def is_final(self) -> bool:
@@ -59,6 +67,7 @@ class LeaseRecord(Record):
     Writer: the dispatcher, through the functions below.  Reader: the dispatcher, the reaper,
     settlement, the provider's page.
 
+    ``answer_by_ms`` is when the offer lapses unanswered; absent, with its start clock.
     ``heard_at_ms`` is the last sign of life, ``progress_at_ms`` the last *rise* of
     ``progress``.  ``result_sha256`` is present from SUBMITTED on; ``clock`` only when
     EXPIRED; ``cause`` only when FAILED; ``reason`` once the lease ended without pay.
@@ -66,6 +75,7 @@ class LeaseRecord(Record):
 
     lease: Lease
     state: LeaseState
+    answer_by_ms: int | None = Field(default=None, ge=0)
     heard_at_ms: int = Field(ge=0)
     progress: int = Field(default=0, ge=0)
     progress_at_ms: int = Field(ge=0)
@@ -77,22 +87,45 @@ class LeaseRecord(Record):
     ended_at_ms: int | None = None
 
 
-def offer(lease: Lease, *, progress_window_ms: int = DEFAULT_PROGRESS_WINDOW_MS) -> LeaseRecord:
+def offer(
+    lease: Lease,
+    *,
+    progress_window_ms: int = DEFAULT_PROGRESS_WINDOW_MS,
+    answer_within_ms: int | None = None,
+) -> LeaseRecord:
     """The lease is offered; its clocks count from its issue."""
+    answer_by_ms = None if answer_within_ms is None else lease.issued_at_ms + answer_within_ms
     return LeaseRecord(
         lease=lease,
         state=LeaseState.OFFERED,
+        answer_by_ms=answer_by_ms,
         heard_at_ms=lease.issued_at_ms,
         progress_at_ms=lease.issued_at_ms,
         progress_window_ms=progress_window_ms,
     )
 
 
-def start(record: LeaseRecord, *, node: str, lease_epoch: int, now_ms: int) -> LeaseRecord:
-    """The holder has taken the lease; a second start changes nothing.
+def take(record: LeaseRecord, *, node: str, lease_epoch: int, now_ms: int) -> LeaseRecord:
+    """The holder has said that it will do the work; saying so again changes nothing.
 
     Raises:
-        Expired: the start clock or the deadline has run out, or the lease was given on.
+        Expired: the offer clock or another has run out, or the lease was given on.
+        PeerFault: another node than the holder speaks.
+        InvalidRequest: the lease is over.
+    """
+    _require_holder(record, node, lease_epoch)
+    _require_open(record)
+    if record.state is not LeaseState.OFFERED:
+        return record
+    _require_time(record, now_ms)
+    return record.model_copy(update={"state": LeaseState.TAKEN, "heard_at_ms": now_ms})
+
+
+def start(record: LeaseRecord, *, node: str, lease_epoch: int, now_ms: int) -> LeaseRecord:
+    """The holder is at work on the lease; a second start changes nothing.
+
+    Raises:
+        Expired: the offer or start clock or the deadline has run out, or the lease was given on.
         PeerFault: another node than the holder speaks.
         InvalidRequest: the lease is over.
     """
@@ -124,7 +157,7 @@ def heartbeat(
         PeerFault: another node than the holder speaks, or ``progress`` fell.
         InvalidRequest: the lease is over.
     """
-    if record.state is LeaseState.OFFERED:
+    if record.state in (LeaseState.OFFERED, LeaseState.TAKEN):
         record = start(record, node=node, lease_epoch=lease_epoch, now_ms=now_ms)
     _require_holder(record, node, lease_epoch)
     _require_open(record)
@@ -270,7 +303,10 @@ def due(record: LeaseRecord, now_ms: int) -> Clock | None:
         return None
     if now_ms > record.lease.deadline_ms:
         return Clock.DEADLINE
-    if record.state is LeaseState.OFFERED:
+    if record.state is not LeaseState.RUNNING:
+        is_unanswered = record.state is LeaseState.OFFERED and record.answer_by_ms is not None
+        if is_unanswered and now_ms > (record.answer_by_ms or 0):
+            return Clock.OFFER
         return Clock.START if now_ms > record.lease.start_by_ms else None
     silent_ms = now_ms - record.heard_at_ms
     stalled_ms = now_ms - record.progress_at_ms
@@ -286,14 +322,6 @@ def expire_if_due(record: LeaseRecord, *, now_ms: int) -> LeaseRecord:
         return record
     ended = _ended(record, LeaseState.EXPIRED, _expired(record, clock).message, now_ms)
     return ended.model_copy(update={"clock": clock})
-
-
-def deadline_after_ms(p90_ms_per_unit: int, units: int, floor_ms: int) -> int:
-    """How long a lease of ``units`` may take: 3 × p90, and never less than ``floor_ms``.
-
-    Source: docs/architecture, "Market": lease deadline 3 × p90.
-    """
-    return max(floor_ms, DEADLINE_FACTOR * p90_ms_per_unit * units)
 
 
 def p90_up(samples_ms: Sequence[int]) -> int:
@@ -360,6 +388,7 @@ def _not_open(record: LeaseRecord) -> InvalidRequest:
 
 def _expired(record: LeaseRecord, clock: Clock) -> Expired:
     words = {
+        Clock.OFFER: "was not answered in time",
         Clock.START: "was not started in time",
         Clock.HEARTBEAT: "fell silent or made no progress",
         Clock.DEADLINE: "passed its deadline",

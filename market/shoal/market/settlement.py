@@ -22,12 +22,21 @@ class PayEntry(Record):
     """One task's pay, from its accepted verdict.
 
     Writer: settlement, once per *task*: its leases cannot be paid twice.  Reader: settlement.
+
+    ``claim_id`` names the work, whoever does it, and is the same for every lease of it, rivals
+    included; absent, the task id, which then must be.
     """
 
     task_id: ShortId
     lease_id: ShortId
     account: Address
     pay_micros: MicrosField
+    claim_id: ShortId | None = None
+
+    @property
+    def claim(self) -> str:
+        """What is paid at most once."""
+        return self.claim_id or self.task_id
 
 
 class PayoutSet(Record):
@@ -115,9 +124,9 @@ class Ledger:
         self._total = 0
         self._paid: dict[str, PayEntry] = {}
         for entry in entries:
-            if entry.task_id in self._paid:
+            if entry.claim in self._paid:
                 raise InvariantBroken(
-                    f"The stored ledger of job {job_id} pays task {entry.task_id} twice."
+                    f"The stored ledger of job {job_id} pays task {entry.claim} twice."
                 )
             self._record(entry)
         if self._total > funded_micros:
@@ -150,6 +159,23 @@ class Ledger:
     def entries(self) -> Sequence[PayEntry]:
         """Every pay entry so far, in the order accepted."""
         return tuple(self._paid.values())
+
+    def refund(self) -> Micros:
+        """What goes back to the requester after the last epoch: all that nobody is owed.
+
+        So payouts and refund together are the escrow, to the micro.
+
+        Raises:
+            InvalidRequest: leases still hold money.
+        """
+        if self._held:
+            raise InvalidRequest(
+                f"{len(self._held)} leases of job {self._job_id} still hold money; end them before "
+                "the refund.",
+                code="leases_open",
+                job_id=self._job_id,
+            )
+        return Micros(self._funded - self._total)
 
     def top_up(self, micros: int) -> None:
         """The escrow holds ``micros`` more."""
@@ -192,13 +218,13 @@ class Ledger:
     def accept(self, entry: PayEntry) -> Micros:
         """The task is paid, once, out of what its lease held; what this call added.
 
-        A second acceptance of the same task adds nothing, whichever lease it comes from; the
+        A second acceptance of the same claim adds nothing, whichever lease it comes from; the
         rest of the hold is free again.
 
         Raises:
             InvariantBroken: the pay exceeds what the lease held.
         """
-        if entry.task_id in self._paid:
+        if entry.claim in self._paid:
             self._held.pop(entry.lease_id, None)
             return Micros(0)
         held = self._held.get(entry.lease_id, 0)
@@ -238,4 +264,4 @@ class Ledger:
         account = Account(to_checksum_address(entry.account))
         self._owed[account] = self._owed.get(account, 0) + entry.pay_micros
         self._total += entry.pay_micros
-        self._paid[entry.task_id] = entry
+        self._paid[entry.claim] = entry

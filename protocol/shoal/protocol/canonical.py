@@ -20,6 +20,8 @@ JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[st
 
 
 _MAX_INT = 2**53 - 1
+_LEAST_SAME = 1e-4
+"""Below it the standard library writes an exponent, and RFC 8785 does not yet."""
 _same_form = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
 ).encode
@@ -27,29 +29,38 @@ _same_form = json.JSONEncoder(
 
 def canonical_bytes(value: object) -> bytes:
     """``value`` (plain JSON data) in RFC 8785 form."""
-    if _is_plain(value):
-        return _same_form(value).encode()
-    return rfc8785.dumps(value)  # type: ignore[arg-type]  # its own JSON alias is invariant
+    try:
+        return _same_form(_as_both_write(value)).encode()
+    except _Differs:
+        return rfc8785.dumps(value)  # type: ignore[arg-type]  # its own JSON alias is invariant
 
 
-def _is_plain(value: object) -> bool:
-    """Whether the two writers agree: no float, no large integer, only ASCII keys.
+class _Differs(Exception):
+    """The standard library would write the value in another form."""
 
-    They differ in how a float is written and in which order keys beyond ASCII come.
+
+def _as_both_write(value: Any) -> Any:
+    """An equal value that both writers write alike.
+
+    They agree on all but large integers, keys beyond ASCII, whose order differs, and floats.
+    Of these, whole ones are written as integers, and others from 1e-4 on in the same digits:
+    both take the fewest that give the number back, without an exponent.
+
+    Raises:
+        _Differs: there is none.
     """
     kind = type(value)
     if kind is str or kind is bool or value is None:
-        return True
-    if kind is int:
-        return -_MAX_INT <= value <= _MAX_INT  # type: ignore[operator]
+        return value
+    if kind is int and -_MAX_INT <= value <= _MAX_INT:
+        return value
+    if kind is float and (_LEAST_SAME <= abs(value) <= _MAX_INT or value == 0):
+        return int(value) if value.is_integer() else value
     if kind is list or kind is tuple:
-        return all(map(_is_plain, value))  # type: ignore[call-overload]
-    if kind is dict:
-        return all(
-            type(key) is str and key.isascii() and _is_plain(item)
-            for key, item in value.items()  # type: ignore[attr-defined]
-        )
-    return False
+        return [_as_both_write(item) for item in value]
+    if kind is dict and all(type(key) is str and key.isascii() for key in value):
+        return {key: _as_both_write(item) for key, item in value.items()}
+    raise _Differs
 
 
 def parse_json(data: bytes | str) -> Any:

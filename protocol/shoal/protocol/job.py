@@ -97,12 +97,19 @@ class TaskSizes(Record):
 
 
 class BudgetSpec(Record):
-    """The requester's money; a hard stop."""
+    """The requester's money; a hard stop.
+
+    ``delay_micros_per_s`` is what a second more per unit costs the requester, by which slow
+    providers are handicapped.  ``stale_pay_permille`` is the share of its price that work
+    ``max_staleness`` versions old is paid; less old work is paid on the line between.
+    """
 
     max_total_micros: MicrosField = Field(gt=0)
     max_rollout_micros: MicrosField = Field(gt=0)
     max_gradient_micros: MicrosField = Field(gt=0)
     max_evaluate_micros: MicrosField = Field(gt=0)
+    delay_micros_per_s: MicrosField = 0
+    stale_pay_permille: int = Field(default=1_000, ge=0, le=1_000)
 
 
 class VerifySpec(Record):

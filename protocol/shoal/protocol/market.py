@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -14,6 +15,8 @@ from shoal.protocol.signing import SignableRecord
 
 MAX_UNITS = 2**32 - 1
 ANY_JOB = "0x" + "0" * 64
+MAX_LAGS = 65
+"""Policy lags a lot may name a pay for: 0 to 64, the largest ``max_staleness`` of a job."""
 
 
 class TaskKind(StrEnum):
@@ -45,6 +48,9 @@ class Lot(Record):
     """Units of one class, of one job, auctioned together.
 
     Writer: the orchestrator's planner.  Reader: the auction; bidders, by gossip.
+
+    ``freshness_permille[lag]`` is the share of its price that a unit is paid when its policy
+    version is ``lag`` older than the newest; beyond the last lag no work is issued.
     """
 
     lot_id: ShortId
@@ -53,6 +59,15 @@ class Lot(Record):
     lot_class: LotClass
     num_units: int = Field(ge=1, le=MAX_UNITS)
     reserve_micros: MicrosField
+    freshness_permille: tuple[Annotated[int, Field(ge=0, le=1_000)], ...] = Field(
+        default=(1_000,), min_length=1, max_length=MAX_LAGS
+    )
+
+    @model_validator(mode="after")
+    def _staler_is_never_dearer(self) -> Lot:
+        if any(a < b for a, b in pairwise(self.freshness_permille)):
+            raise ValueError("freshness_permille rises with the lag")
+        return self
 
 
 class Bid(SignableRecord):
@@ -124,37 +139,16 @@ class Bid(SignableRecord):
         return self.job_id in (job_id, ANY_JOB) and self.epoch_from <= epoch <= self.epoch_to
 
 
-class BidReceipt(SignableRecord):
-    """The orchestrator's word that it holds a bid.
-
-    Writer: the orchestrator, signed.  Reader: the bidder, who can prove a dropped bid.
-    """
-
-    bid_sha256: Sha256
-    received_at_ms: int = Field(ge=0, le=MAX_INT)
-
-    eip712_fields: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("bidDigest", "bytes32"),
-        ("receivedAtMs", "uint64"),
-    )
-
-    def eip712_message(self) -> dict[str, Any]:
-        """The fields the orchestrator signs."""
-        return {
-            "bidDigest": bytes.fromhex(self.bid_sha256),
-            "receivedAtMs": self.received_at_ms,
-        }
-
-
 class Award(Record):
-    """What one bid won of one lot.
+    """A task's worth of units for one rung of a cleared lot.
 
-    Writer: the auction.  Reader: the dispatcher.  ``unit_price_micros`` is paid for each
-    *accepted* unit.
+    Writer: the auctioneer.  Reader: the dispatcher.  ``unit_price_micros`` is paid for each
+    *accepted* unit; the certificate says why.
     """
 
     lot_id: ShortId
-    bid_sha256: Sha256
+    certificate_sha256: Sha256
+    rung: int = Field(ge=0, le=MAX_UNITS)
     account: Address
     node: PeerIdStr
     num_units: int = Field(ge=1, le=MAX_UNITS)
@@ -169,12 +163,15 @@ class Lease(SignableRecord):
     ``lease_epoch`` is the fencing number: each time the same task is leased again it rises,
     and a result under an older number is refused.  ``start_by_ms`` and ``deadline_ms`` are
     times of the orchestrator's clock; a silent holder loses the lease after three missed
-    heartbeats of ``heartbeat_ms``.
+    heartbeats of ``heartbeat_ms``.  ``certificate_sha256`` and ``rung`` name the clearing, and
+    the place in it, that give the node this work at this price.
     """
 
     lease_id: ShortId
     lease_epoch: int = Field(ge=1, le=MAX_UNITS)
     lot_id: ShortId
+    certificate_sha256: Sha256
+    rung: int = Field(ge=0, le=MAX_UNITS)
     job_id: Hex32
     task_id: ShortId
     task_sha256: Sha256

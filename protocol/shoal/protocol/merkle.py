@@ -13,16 +13,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eth_abi.abi import encode as abi_encode
-from eth_utils.crypto import keccak
+from tiny_keccak import keccak256 as keccak
 
 from shoal.protocol.errors import InvalidRequest
 
+__all__ = [
+    "EMPTY_ROOT",
+    "MerkleTree",
+    "hash_leaf",
+    "hex32",
+    "keccak",
+    "payout_leaf",
+    "unhex",
+    "verify",
+    "word",
+]
+
 EMPTY_ROOT = b"\0" * 32
+_WORD_BYTES = 32
 
 
 def hash_leaf(encoded: bytes) -> bytes:
     """``keccak(keccak(encoded))``."""
     return keccak(keccak(encoded))
+
+
+def word(value: int) -> bytes:
+    """``value`` as Solidity's ``abi.encode`` writes an unsigned integer: 32 bytes."""
+    return value.to_bytes(_WORD_BYTES, "big")
+
+
+def hex32(data: bytes) -> str:
+    """``data`` as records write it: ``0x`` and lower-case hex."""
+    return "0x" + data.hex()
+
+
+def unhex(text: str) -> bytes:
+    """The bytes of ``0x…`` hex that a record has already checked."""
+    return bytes.fromhex(text[2:])
 
 
 def _hash_pair(a: bytes, b: bytes) -> bytes:
@@ -44,7 +72,10 @@ class MerkleTree:
         self._levels: list[list[bytes]] = [list(leaves)]
         while len(self._levels[-1]) > 1:
             below = self._levels[-1]
-            above = [_hash_pair(below[i], below[i + 1]) for i in range(0, len(below) - 1, 2)]
+            above = [
+                keccak(a + b) if a < b else keccak(b + a)
+                for a, b in zip(below[::2], below[1::2], strict=False)
+            ]
             if len(below) % 2:
                 above.append(below[-1])
             self._levels.append(above)

@@ -4,7 +4,9 @@ Each libp2p protocol is one request and one reply::
 
     /shoal/hello/1      worker → orchestrator   HelloRequest     → HelloReply
     /shoal/join/1       worker → orchestrator   JoinRequest      → JoinReply
-    /shoal/bid/1        worker → orchestrator   Signed[Bid]      → Signed[BidReceipt]
+    /shoal/bid/2        worker → orchestrator   BidCommitment    → Signed[BidReceipt]
+    /shoal/bid-cancel/1 worker → orchestrator   Signed[BidCancel] → BidCancelReply
+    /shoal/reveal/1     orchestrator → worker   SealNotice       → Reveals
     /shoal/lease/1      orchestrator → worker   LeaseOffer       → LeaseReply
     /shoal/result/1     worker → orchestrator   ResultMessage    → ResultReply
     /shoal/failure/1    worker → orchestrator   LeaseFailure     → FailureReply
@@ -33,7 +35,9 @@ PROTOCOL_VERSION = 1
 
 HELLO_PROTOCOL = "/shoal/hello/1"
 JOIN_PROTOCOL = "/shoal/join/1"
-BID_PROTOCOL = "/shoal/bid/1"
+COMMIT_PROTOCOL = "/shoal/bid/2"
+CANCEL_PROTOCOL = "/shoal/bid-cancel/1"
+REVEAL_PROTOCOL = "/shoal/reveal/1"
 LEASE_PROTOCOL = "/shoal/lease/1"
 RESULT_PROTOCOL = "/shoal/result/1"
 FAILURE_PROTOCOL = "/shoal/failure/1"
@@ -42,6 +46,7 @@ HEARTBEAT_PROTOCOL = "/shoal/heartbeat/1"
 
 LOTS_TOPIC = "shoal/lots/1"
 POLICIES_TOPIC = "shoal/policies/1"
+CERTIFICATES_TOPIC = "shoal/certificates/1"
 
 
 class NodeBinding(SignableRecord):
@@ -92,6 +97,8 @@ class ContractAddresses(Record):
     stake_vault: Address
     job_escrow: Address
     provenance_log: Address
+    fault_court: Address
+    model_shares: Address
 
 
 class HelloRequest(Record):
@@ -147,9 +154,13 @@ class OpenJob(Record):
 
 
 class JoinReply(Record):
-    """Writer: orchestrator.  Reader: worker."""
+    """Writer: orchestrator.  Reader: worker.
+
+    ``market_epoch`` is the first epoch that bids can still be made for.
+    """
 
     open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
+    market_epoch: int = Field(ge=0, le=MAX_UNITS)
 
 
 class LeaseOffer(Record):
@@ -258,6 +269,7 @@ class IdleReason(StrEnum):
     ABOVE_RESERVE = "above_reserve"
     OUTBID = "outbid"
     TASK_TOO_LARGE = "task_too_large"
+    STAKE_TOO_SMALL = "stake_too_small"
     NO_WORK = "no_work"
     PAUSED = "paused"
     FETCHING_BASE = "fetching_base"
@@ -278,9 +290,11 @@ class HeartbeatReply(Record):
     """Writer: orchestrator.  Reader: worker.
 
     ``revoked`` leases are to be dropped at once; ``verdicts`` are the provider's to keep.
+    ``market_epoch`` is the first epoch that bids can still be made for.
     """
 
     revoked: tuple[ShortId, ...] = Field(max_length=256)
     verdicts: tuple[Signed[Verdict], ...] = Field(max_length=256)
     open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
+    market_epoch: int = Field(ge=0, le=MAX_UNITS)
     idle_reason: IdleReason

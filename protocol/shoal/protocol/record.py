@@ -25,6 +25,9 @@ class Record(BaseModel):
     record or a `PeerFault`.
     """
 
+    # A slot, not an attribute: neither `model_copy` nor comparison looks at it.
+    __slots__ = ("_digest",)
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -36,8 +39,12 @@ class Record(BaseModel):
         return canonical_bytes(self.to_json())
 
     def digest(self) -> Digest:
-        """SHA-256 of the canonical form."""
-        return digest_of(self.to_json())
+        """SHA-256 of the canonical form; computed once, as a record never changes."""
+        known: Digest | None = getattr(self, "_digest", None)
+        if known is None:
+            known = digest_of(self.to_json())
+            object.__setattr__(self, "_digest", known)
+        return known
 
     @classmethod
     def decode(cls, data: bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Self:

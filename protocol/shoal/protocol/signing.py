@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
-from eth_account import Account as EthAccount
 from eth_account.messages import SignableMessage, encode_typed_data
 from eth_account.signers.local import LocalAccount
-from eth_utils.crypto import keccak
+from eth_keys.datatypes import PrivateKey, Signature
 from hexbytes import HexBytes
 from pydantic import Field
+from tiny_keccak import keccak256 as keccak
 
 from shoal.protocol.errors import InvariantBroken, PeerFault, Unauthorised
 from shoal.protocol.ids import Account, Address, Hex65
@@ -76,7 +76,9 @@ class Signed(Record, Generic[_S]):
         if int.from_bytes(raw[32:64], "big") > _HALF_ORDER or raw[64] not in _RECOVERY_IDS:
             raise PeerFault("The signature is not in canonical low-s form.", code="bad_signature")
         try:
-            return Account(EthAccount.recover_message(_typed(self.record, domain), signature=raw))
+            signature = Signature(raw[:64] + bytes([raw[64] - _RECOVERY_IDS[0]]))
+            digest = signing_digest(self.record, domain)
+            return Account(signature.recover_public_key_from_msg_hash(digest).to_checksum_address())
         except Exception as error:
             raise PeerFault(
                 "The signature does not recover to any account.", code="bad_signature"
@@ -100,10 +102,21 @@ class Signed(Record, Generic[_S]):
 
 def sign(record: _S, domain: Domain, account: LocalAccount) -> Signed[_S]:
     """``record`` signed by ``account`` for ``domain``."""
-    signature = account.sign_message(_typed(record, domain)).signature
+    # Not `account.sign_message`, which takes three times as long for the same bytes.
+    raw = PrivateKey(bytes(account.key)).sign_msg_hash(signing_digest(record, domain))
+    signature = raw.to_bytes()[:64] + bytes([raw.v + _RECOVERY_IDS[0]])
     # The concrete class is known only now; pydantic caches the parametrised type.
     signed = cast("type[Signed[_S]]", Signed.__class_getitem__(type(record)))
-    return signed(record=record, signature="0x" + bytes(signature).hex())
+    return signed(record=record, signature="0x" + signature.hex())
+
+
+def signing_digest(record: SignableRecord, domain: Domain) -> bytes:
+    """The 32 bytes an account signs for ``record``, by which the chain knows it.
+
+    Source: EIP-712, ``keccak256(0x1901 ‖ domainSeparator ‖ hashStruct(message))``.
+    """
+    typed = _typed(record, domain)
+    return keccak(b"\x19" + typed.version + typed.header + typed.body)
 
 
 def _typed(record: SignableRecord, domain: Domain) -> SignableMessage:
@@ -130,7 +143,7 @@ def _domain_hash(domain: Domain) -> HexBytes:
 def _type_hash(name: str, fields: tuple[tuple[str, str], ...]) -> bytes:
     """Source: EIP-712, ``typeHash = keccak256(encodeType(typeOf(s)))``."""
     inside = ",".join(f"{solidity} {field}" for field, solidity in fields)
-    return keccak(text=f"{name}({inside})")
+    return keccak(f"{name}({inside})".encode())
 
 
 def _word(value: Any, solidity: str) -> bytes:
@@ -140,7 +153,7 @@ def _word(value: Any, solidity: str) -> bytes:
         InvariantBroken: a record's declared type does not hold its value.
     """
     if solidity == "string":
-        return keccak(text=value)
+        return keccak(value.encode())
     if solidity == "address":
         return bytes.fromhex(value[2:]).rjust(_WORD_BYTES, b"\0")
     if solidity == "bytes32" and len(value) == _WORD_BYTES:
