@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from eth_utils.crypto import keccak
 
-CONTRACTS = ("DevUSD", "StakeVault", "ProvenanceLog", "JobEscrow")
+CONTRACTS = ("DevUSD", "ProvenanceLog", "StakeVault", "JobEscrow", "FaultCourt", "ModelShares")
 """Every contract shipped, in the order of deployment."""
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from shoal.contracts.artefact import CONTRACTS
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, Unavailable
 
-COMPILE_TIMEOUT_S = 120
+COMPILE_TIMEOUT_S = 600
 SETTINGS: dict[str, Any] = {
     "evmVersion": "cancun",
     "optimizer": {"enabled": True, "runs": 1000},
@@ -145,14 +145,21 @@ def _run_compiler(root: Path, standard_json: dict[str, Any]) -> dict[str, Any]:
         timeout=COMPILE_TIMEOUT_S,
         text=True,
     ).stdout.split("Version: ")[1]
-    done = subprocess.run(
-        [node, str(wrapper)],
-        input=json.dumps(standard_json),
-        capture_output=True,
-        check=False,
-        timeout=COMPILE_TIMEOUT_S,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            [node, str(wrapper)],
+            input=json.dumps(standard_json),
+            capture_output=True,
+            check=False,
+            timeout=COMPILE_TIMEOUT_S,
+            text=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(
+            f"The Solidity compiler was not done after {COMPILE_TIMEOUT_S} s; the machine is too "
+            "busy. Run it again.",
+            code="compiler_slow",
+        ) from error
     if done.returncode:
         raise InvariantBroken(f"The Solidity compiler stopped: {done.stderr.strip()[-500:]}")
     output: dict[str, Any] = json.loads(done.stdout)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from shoal.protocol.ids import Address, Hex32
 from shoal.protocol.money import MicrosField
+from shoal.protocol.node import ContractAddresses
 from shoal.protocol.record import MAX_INT, Record
 
 ZERO_ADDRESS = "0x" + "0" * 40
@@ -23,7 +24,8 @@ class Deployment(Record):
     Example:
         >>> a = "0x" + "1" * 40
         >>> Deployment(chain_id=31337, token=a, stake_vault=a, job_escrow=a,
-        ...            provenance_log=a, block_number=4).chain_id
+        ...            provenance_log=a, fault_court=a, model_shares=a,
+        ...            block_number=4).chain_id
         31337
     """
 
@@ -32,8 +34,25 @@ class Deployment(Record):
     stake_vault: Address
     job_escrow: Address
     provenance_log: Address
+    fault_court: Address
+    model_shares: Address
     block_number: int = Field(ge=0, le=MAX_INT)
     """Block of the first contract: logs are never searched below it."""
+
+    def addresses(self) -> tuple[str, ...]:
+        """Every contract's address."""
+        return (
+            self.token,
+            self.stake_vault,
+            self.job_escrow,
+            self.provenance_log,
+            self.fault_court,
+            self.model_shares,
+        )
+
+    def contracts(self) -> ContractAddresses:
+        """The addresses by name, as they are greeted with and bundled."""
+        return ContractAddresses(**self.model_dump(exclude={"chain_id", "block_number"}))
 
 
 class Mined(Record):
@@ -42,18 +61,6 @@ class Mined(Record):
     tx_hash: Hex32
     block_number: int
     gas_used: int
-
-
-class SignedCall(Record):
-    """A signed transaction, complete enough to be broadcast again after a crash.
-
-    Writer: the sender, before the first broadcast.  Reader: the outbox.
-    """
-
-    tx_hash: Hex32
-    raw: str = Field(pattern=r"^0x[0-9a-f]+$")
-    nonce: int
-    purpose: str
 
 
 class SendStats(Record):
@@ -88,7 +95,7 @@ class EpochPost(Record):
     """
 
     job_id: Hex32
-    epoch: int = Field(ge=1, lt=2**64)
+    epoch: int = Field(ge=1, lt=2**32)
     pay_root: Hex32
     prov_root: Hex32
     cumulative_micros: MicrosField
@@ -101,10 +108,14 @@ class PostedEpoch(EpochPost):
 
     tx_hash: Hex32
     block_number: int
+    block_hash: Hex32
 
 
 class EscrowState(Record):
-    """A job's money: ``claimed <= committed <= funded``, and ``refunded`` of the rest."""
+    """A job's money: ``claimed <= committed <= funded``, and ``refunded`` of the rest.
+
+    ``pay_root`` is the root the job stands by: of a frozen job the last that was accepted.
+    """
 
     job_id: Hex32
     sponsor: Address
@@ -116,7 +127,9 @@ class EscrowState(Record):
     claimed_micros: int
     refunded_micros: int
     closed: bool
-    refund_taken: bool
+    frozen: bool
+    """Whether the court ended the job for its coordinator's fault; it is closed then."""
+    bond_micros: int
     pay_root: Hex32
     ready_at_s: int
     """When ``pay_root`` becomes claimable; 0 on a chain without a challenge window."""

@@ -12,7 +12,6 @@ from web3.exceptions import (
     BadFunctionCallOutput,
     BadResponseFormat,
     ContractLogicError,
-    TimeExhausted,
     Web3Exception,
     Web3RPCError,
 )
@@ -79,11 +78,6 @@ def chain_errors(purpose: str, rpc_url: str) -> Iterator[None]:
         raise
     except ContractLogicError as error:
         raise rejection(error, purpose) from error
-    except TimeExhausted as error:
-        raise Unavailable(
-            f"The chain at {rpc_url} has not mined the transaction to {purpose} yet; ask again.",
-            code="not_mined",
-        ) from error
     except (ClientError, OSError, TimeoutError) as error:
         raise Unavailable(
             f"The chain at {rpc_url} does not answer (trying to {purpose}); check that it runs "
@@ -97,13 +91,14 @@ def chain_errors(purpose: str, rpc_url: str) -> Iterator[None]:
             code="chain_garbled",
         ) from error
     except Web3Exception as error:
-        reason = _rpc_reason(error)
+        reason = rpc_reason(error)
         raise ChainRejected(
             f"The chain refused to {purpose}: {reason}.", reason=reason, code="rpc_error"
         ) from error
 
 
-def _rpc_reason(error: Web3Exception) -> str:
+def rpc_reason(error: Web3Exception) -> str:
+    """The node's own words."""
     answer = error.rpc_response if isinstance(error, Web3RPCError) else None
     fault = answer.get("error") if answer else None
     message = fault.get("message") if isinstance(fault, dict) else None

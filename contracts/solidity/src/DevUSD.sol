@@ -3,10 +3,12 @@ pragma solidity 0.8.37;
 
 import {ERC20} from "@openzeppelin/contracts/token/ERC20/ERC20.sol";
 import {ERC20Permit} from "@openzeppelin/contracts/token/ERC20/extensions/ERC20Permit.sol";
+import {ERC3009} from "@openzeppelin/contracts/token/ERC20/extensions/draft-ERC3009.sol";
 
 /// @title The settlement token of a development chain: worthless dollars with six decimals.
-/// @dev Stands where a stablecoin stands on a public chain; it is never deployed there.
-contract DevUSD is ERC20, ERC20Permit {
+/// @dev Stands where a stablecoin stands on a public chain; it is never deployed there. Like that,
+/// it takes EIP-2612 permits and EIP-3009 authorisations.
+contract DevUSD is ERC20, ERC20Permit, ERC3009 {
     /// @notice The faucet: the account that deployed the token.
     address public immutable MINTER;
 

@@ -7,17 +7,31 @@ import {IProvenanceLog} from "./interfaces/IProvenanceLog.sol";
 /// @dev Subjects are namespaced by the caller: nobody can write into another's log, so nothing
 /// here needs an owner. The head commits to every root and its leaf count, in order.
 contract ProvenanceLog is IProvenanceLog {
-    /// @inheritdoc IProvenanceLog
-    mapping(address publisher => mapping(bytes32 subject => bytes32)) public head;
+    struct Log {
+        bytes32 head;
+        uint256 seq;
+    }
+
+    mapping(address publisher => mapping(bytes32 subject => Log)) private _logs;
 
     /// @inheritdoc IProvenanceLog
-    mapping(address publisher => mapping(bytes32 subject => uint64)) public seq;
+    function anchor(bytes32 subject, bytes32 root, uint64 leaves) external {
+        Log storage own = _logs[msg.sender][subject];
+        own.head = keccak256(abi.encode(own.head, root, leaves));
+        // Counting past 2**256 anchors is not a danger worth its gas.
+        unchecked {
+            ++own.seq;
+        }
+        emit Anchored(msg.sender, subject, root, leaves);
+    }
 
     /// @inheritdoc IProvenanceLog
-    function anchor(bytes32 subject, bytes32 root, uint64 leaves) external returns (bytes32 next) {
-        next = keccak256(abi.encode(head[msg.sender][subject], root, leaves));
-        uint64 position = ++seq[msg.sender][subject];
-        head[msg.sender][subject] = next;
-        emit Anchored(msg.sender, subject, position, root, leaves, next);
+    function head(address publisher, bytes32 subject) external view returns (bytes32) {
+        return _logs[publisher][subject].head;
+    }
+
+    /// @inheritdoc IProvenanceLog
+    function seq(address publisher, bytes32 subject) external view returns (uint256) {
+        return _logs[publisher][subject].seq;
     }
 }

@@ -3,12 +3,16 @@ pragma solidity 0.8.37;
 
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
+import {IJobEscrow} from "./interfaces/IJobEscrow.sol";
+import {IStakeVault} from "./interfaces/IStakeVault.sol";
+import {Penalty} from "./Penalty.sol";
 import {Permit, TokenPull} from "./TokenPull.sol";
 
-/// @title Providers' stake, and which account answers for which node key.
+/// @title Stake, of providers and coordinators, and which account answers for which node key.
 /// @notice Stake leaves in two ways only: to its owner after the unbonding period, or by the court.
-/// @dev The token must neither take a fee on transfer nor rebase. Nobody owns the contract.
-contract StakeVault {
+/// @dev What a challenger wins is paid as stake of its own, so that no payment to a stranger can make
+/// a slash fail. The token must neither take a fee on transfer nor rebase. Nobody owns the contract.
+contract StakeVault is IStakeVault {
     using SafeERC20 for IERC20;
     using TokenPull for IERC20;
 
@@ -18,14 +22,16 @@ contract StakeVault {
         uint64 unbondAt;
     }
 
-    /// @notice The settlement token.
+    /// @inheritdoc IStakeVault
     IERC20 public immutable TOKEN;
-    /// @notice The only caller of `slash`; zero when no stake can be slashed.
+    /// @inheritdoc IStakeVault
     address public immutable COURT;
-    /// @notice Seconds between the last request to unbond and the withdrawal.
+    /// @inheritdoc IStakeVault
+    address public immutable ESCROW;
+    /// @inheritdoc IStakeVault
     uint64 public immutable UNBONDING_PERIOD;
 
-    /// @notice An account's stake: counted, leaving, and when what is leaving may be withdrawn.
+    /// @inheritdoc IStakeVault
     mapping(address account => Stake) public stakeOf;
     /// @notice The account that bound an Ed25519 node key; zero for a free key.
     mapping(bytes32 nodeKey => address) public nodeOwner;
@@ -34,33 +40,54 @@ contract StakeVault {
     event NodeBound(address indexed account, bytes32 indexed nodeKey);
     event UnbondRequested(address indexed account, uint128 amount, uint64 unbondAt);
     event Withdrawn(address indexed account, uint128 amount);
-    event Slashed(address indexed account, bytes32 indexed caseId, address indexed recipient, uint128 amount);
+    event Slashed(
+        address indexed account,
+        bytes32 indexed caseId,
+        bytes32 indexed injuredJob,
+        address challenger,
+        uint128 taken,
+        uint128 toJob,
+        uint128 toChallenger,
+        uint128 burnt
+    );
 
     error ZeroAmount();
+    error ZeroAccount();
     error ZeroNodeKey();
     error NodeKeyTaken(bytes32 nodeKey, address owner);
     error InsufficientStake(uint128 active, uint128 requested);
     error NothingUnbonding(address account);
     error StillUnbonding(uint64 unbondAt, uint64 nowAt);
     error NotCourt(address caller);
-    error BadRecipient(address recipient);
+    error BadChallenger(address challenger);
+    error NothingToSlash(address account);
 
-    constructor(IERC20 token, address court, uint64 unbondingPeriod) {
+    /// @dev Vault, escrow and court name each other, so two of the addresses are computed before
+    /// their contracts exist; the court's constructor refuses a set that does not fit together.
+    constructor(IERC20 token, address escrow, address court, uint64 unbondingPeriod) {
         TOKEN = token;
+        ESCROW = escrow;
         COURT = court;
         UNBONDING_PERIOD = unbondingPeriod;
     }
 
     /// @notice Adds `amount` of the caller's tokens to its active stake, from its allowance.
     function stake(uint128 amount) external {
-        _stake(amount);
-        TOKEN.safeTransferFrom(msg.sender, address(this), amount);
+        _stake(msg.sender, amount);
+        TOKEN.pull(amount);
+    }
+
+    /// @inheritdoc IStakeVault
+    function stakeFor(address account, uint128 amount) external {
+        if (account == address(0)) revert ZeroAccount();
+        _stake(account, amount);
+        TOKEN.pull(amount);
     }
 
     /// @notice Adds `amount` of the caller's tokens to its active stake, by its permit.
     function stakeWithPermit(uint128 amount, Permit calldata permit) external {
-        _stake(amount);
-        TOKEN.pullWithPermit(msg.sender, amount, permit);
+        _stake(msg.sender, amount);
+        TOKEN.pullWithPermit(amount, permit);
     }
 
     /// @notice The caller answers for `nodeKey` from now on; binding one's own key again does nothing.
@@ -100,34 +127,42 @@ contract StakeVault {
         TOKEN.safeTransfer(msg.sender, amount);
     }
 
-    /// @notice Takes up to `amount` of `account`'s stake and pays it to `recipient`; the court only.
+    /// @inheritdoc IStakeVault
     /// @dev Unbonding stake goes first, matured or not, so that nobody escapes by having asked to
-    /// leave. The court itself never receives, so that judging cannot be a business.
-    /// @return taken What was there to take: `amount`, or all of a smaller stake.
-    function slash(address account, uint128 amount, bytes32 caseId, address recipient)
+    /// leave. See `Penalty` for the shares; the court itself never receives, so that judging cannot
+    /// be a business.
+    function slash(address account, uint128 amount, bytes32 caseId, bytes32 injuredJob, address challenger)
         external
         returns (uint128 taken)
     {
         if (msg.sender != COURT) revert NotCourt(msg.sender);
-        if (recipient == address(0) || recipient == address(this) || recipient == msg.sender) {
-            revert BadRecipient(recipient);
+        if (challenger == address(0) || challenger == account || challenger == msg.sender) {
+            revert BadChallenger(challenger);
         }
+        taken = _take(account, amount);
+        (uint128 toJob, uint128 toChallenger, uint128 burnt) = Penalty.split(taken);
+        stakeOf[challenger].active += toChallenger;
+        emit Slashed(account, caseId, injuredJob, challenger, taken, toJob, toChallenger, burnt);
+        if (burnt != 0) TOKEN.safeTransfer(Penalty.BURN, burnt);
+        TOKEN.forceApprove(ESCROW, toJob);
+        IJobEscrow(ESCROW).compensate(injuredJob, toJob);
+    }
+
+    function _take(address account, uint128 amount) private returns (uint128 taken) {
         Stake storage accused = stakeOf[account];
         uint128 fromUnbonding = amount < accused.unbonding ? amount : accused.unbonding;
         uint128 rest = amount - fromUnbonding;
         uint128 fromActive = rest < accused.active ? rest : accused.active;
         taken = fromUnbonding + fromActive;
-        if (taken == 0) revert ZeroAmount();
+        if (taken == 0) revert NothingToSlash(account);
         accused.unbonding -= fromUnbonding;
         accused.active -= fromActive;
-        emit Slashed(account, caseId, recipient, taken);
-        TOKEN.safeTransfer(recipient, taken);
     }
 
-    function _stake(uint128 amount) private {
+    function _stake(address account, uint128 amount) private {
         if (amount == 0) revert ZeroAmount();
-        uint128 active = stakeOf[msg.sender].active + amount;
-        stakeOf[msg.sender].active = active;
-        emit Staked(msg.sender, amount, active);
+        uint128 active = stakeOf[account].active + amount;
+        stakeOf[account].active = active;
+        emit Staked(account, amount, active);
     }
 }

@@ -4,6 +4,7 @@ pragma solidity 0.8.37;
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {DevUSD} from "../src/DevUSD.sol";
 import {JobEscrow} from "../src/JobEscrow.sol";
+import {Penalty} from "../src/Penalty.sol";
 import {ProvenanceLog} from "../src/ProvenanceLog.sol";
 import {Permit} from "../src/TokenPull.sol";
 import {Ledgers} from "./Ledgers.sol";
@@ -25,6 +26,8 @@ contract Blocklist is DevUSD {
 }
 
 contract JobEscrowTest is Ledgers {
+    uint64 private constant WINDOW = 100;
+
     bytes32[] private none;
 
     function setUp() public {
@@ -129,6 +132,8 @@ contract JobEscrowTest is Ledgers {
         post(jobId, 2, 0, 0);
         vm.expectRevert(abi.encodeWithSelector(JobEscrow.TotalAboveFunds.selector, 101, 100));
         post(jobId, 1, 0, 101);
+        eq(escrow.jobOf(jobId).committed, 0, "a root above the funds commits nothing");
+        eq(token.balanceOf(address(escrow)), 100, "and moves nothing");
         post(jobId, 1, 0, 60);
         vm.expectRevert(abi.encodeWithSelector(JobEscrow.WrongEpoch.selector, 1, 2));
         post(jobId, 1, 0, 60);
@@ -185,6 +190,7 @@ contract JobEscrowTest is Ledgers {
         escrow.post(jobB, epoch(1, root, 50));
         vm.expectRevert(abi.encodeWithSelector(JobEscrow.BadProof.selector, jobB, ALICE, 50));
         escrow.claim(jobB, ALICE, 50, none);
+        eq(token.balanceOf(ALICE) + escrow.jobOf(jobB).claimed, 0, "nothing moved");
         eq(escrow.claim(jobA, ALICE, 50, none), 50, "own job");
     }
 
@@ -192,7 +198,7 @@ contract JobEscrowTest is Ledgers {
         Blocklist harsh = new Blocklist();
         harsh.refuse(BOB);
         token = harsh;
-        escrow = new JobEscrow(token, log, 0);
+        deployPair(COURT, 0, 0);
         token.mint(sponsor, PURSE);
         vm.prank(sponsor);
         token.approve(address(escrow), PURSE);
@@ -248,7 +254,7 @@ contract JobEscrowTest is Ledgers {
         escrow.close(jobId);
         eq(escrow.refund(jobId), 40, "refund");
         eq(token.balanceOf(sponsor), PURSE - 60, "sponsor");
-        vm.expectRevert(abi.encodeWithSelector(JobEscrow.AlreadyRefunded.selector, jobId));
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.NothingToRefund.selector, jobId));
         escrow.refund(jobId);
         eq(escrow.claim(jobId, ALICE, 60, none), 60, "still owed");
         eq(token.balanceOf(address(escrow)), 0, "all gone");
@@ -266,7 +272,7 @@ contract JobEscrowTest is Ledgers {
     }
 
     function testChallengeWindow() public {
-        escrow = new JobEscrow(token, log, 100);
+        deployPair(COURT, 100, 0);
         vm.prank(sponsor);
         token.approve(address(escrow), PURSE);
         bytes32 jobId = openJob(100);
@@ -287,7 +293,7 @@ contract JobEscrowTest is Ledgers {
     }
 
     function testAnAcceptedRootIsCappedByItsOwnTotalDuringTheNextWindow() public {
-        escrow = new JobEscrow(token, log, 100);
+        deployPair(COURT, 100, 0);
         vm.prank(sponsor);
         token.approve(address(escrow), PURSE);
         bytes32 jobId = openJob(100);
@@ -296,6 +302,187 @@ contract JobEscrowTest is Ledgers {
         post(jobId, 2, leaf(jobId, BOB, 90), 90);
         vm.expectRevert(abi.encodeWithSelector(JobEscrow.ClaimAboveTotal.selector, 50, 10));
         escrow.claim(jobId, ALICE, 50, none);
+    }
+
+    function testTheFirstRootIsUnclaimableInItsWindow() public {
+        bytes32 jobId = _openWithWindow(0);
+        post(jobId, 1, leaf(jobId, ALICE, 10), 10);
+        (bytes32 root, uint128 total) = escrow.claimable(jobId);
+        eq(root, 0, "no root");
+        eq(total, 0, "no total");
+        eq(escrow.jobOf(jobId).acceptedRoot, 0, "nothing is accepted");
+        vm.warp(block.timestamp + WINDOW);
+        (root, total) = escrow.claimable(jobId);
+        eq(root, leaf(jobId, ALICE, 10), "the root");
+        eq(total, 10, "the total");
+    }
+
+    function testABondIsPutUpAndComesBackAfterAWindow() public {
+        bytes32 jobId = _openWithWindow(0);
+        _fundCoordinator(30);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.NotCoordinator.selector, address(this), COORDINATOR));
+        escrow.putUpBond(jobId, 10);
+        _putUp(jobId, 10);
+        _putUp(jobId, 20);
+        eq(escrow.jobOf(jobId).bond, 30, "bond");
+        eq(escrow.jobOf(jobId).funded, 100, "a bond is not the job's money");
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.ZeroAmount.selector));
+        _putUp(jobId, 0);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.JobStillOpen.selector, jobId));
+        escrow.returnBond(jobId);
+        post(jobId, 1, leaf(jobId, ALICE, 60), 60);
+        vm.warp(block.timestamp + 10);
+        vm.prank(COORDINATOR);
+        escrow.close(jobId);
+        eq(escrow.refund(jobId), 40, "the sponsor's part");
+        uint64 until = uint64(block.timestamp) + WINDOW;
+        vm.warp(until - 1);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.BondHeld.selector, until, until - 1));
+        escrow.returnBond(jobId);
+        vm.warp(until);
+        eq(escrow.returnBond(jobId), 30, "back");
+        eq(token.balanceOf(COORDINATOR), 30, "to the coordinator");
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.NoBond.selector, jobId));
+        escrow.returnBond(jobId);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.JobClosed.selector, jobId));
+        _putUp(jobId, 1);
+        eq(escrow.claim(jobId, ALICE, 60, none), 60, "what is owed is still there");
+    }
+
+    function testABondOutlastsARootPostedAfterTheDeadline() public {
+        bytes32 jobId = _openWithWindow(0);
+        _fundCoordinator(30);
+        _putUp(jobId, 30);
+        vm.warp(block.timestamp + 3 days);
+        post(jobId, 1, leaf(jobId, ALICE, 60), 60);
+        escrow.refund(jobId);
+        uint64 readyAt = uint64(block.timestamp) + WINDOW;
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.BondHeld.selector, readyAt, uint64(block.timestamp)));
+        escrow.returnBond(jobId);
+        vm.warp(readyAt);
+        eq(escrow.returnBond(jobId), 30, "back");
+    }
+
+    function testNobodyPostsBelowTheMinimumBond() public {
+        bytes32 jobId = _openWithWindow(30);
+        _fundCoordinator(30);
+        _putUp(jobId, 29);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.BondTooSmall.selector, 29, 30));
+        post(jobId, 1, 0, 0);
+        _putUp(jobId, 1);
+        post(jobId, 1, 0, 0);
+    }
+
+    function testAFrozenRootNeverBecomesClaimable() public {
+        bytes32 jobId = _openWithWindow(0);
+        _fundCoordinator(30);
+        _putUp(jobId, 30);
+        post(jobId, 1, leaf(jobId, ALICE, 10), 10);
+        vm.warp(block.timestamp + WINDOW);
+        post(jobId, 2, leaf(jobId, ALICE, 90), 90);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.NotCourt.selector, address(this)));
+        escrow.freeze(jobId, "case", BOB);
+        eq(_freeze(jobId), 30, "forfeited");
+        JobEscrow.Job memory job = escrow.jobOf(jobId);
+        require(job.frozen && job.closed, "over");
+        eq(job.committed, 10, "what was accepted");
+        eq(job.funded, 100 + 18, "the injured job");
+        (uint128 active,,) = vault.stakeOf(BOB);
+        eq(active, 9, "the challenger");
+        eq(token.balanceOf(Penalty.BURN), 3, "burnt");
+        vm.warp(block.timestamp + 100 * WINDOW);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.BadProof.selector, jobId, ALICE, 90));
+        escrow.claim(jobId, ALICE, 90, none);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.JobFrozen.selector, jobId));
+        post(jobId, 3, leaf(jobId, COORDINATOR, 118), 118);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.JobFrozen.selector, jobId));
+        escrow.topUp(jobId, 1);
+        eq(escrow.refund(jobId), 108, "the sponsor's");
+        eq(escrow.claim(jobId, ALICE, 10, none), 10, "accepted work is paid");
+        eq(token.balanceOf(address(escrow)), 0, "nothing is stranded");
+    }
+
+    function testAFreezeLeavesAnAcceptedRoot() public {
+        bytes32 jobId = _openWithWindow(0);
+        post(jobId, 1, leaf(jobId, ALICE, 10), 10);
+        vm.warp(block.timestamp + WINDOW);
+        eq(_freeze(jobId), 0, "no bond");
+        eq(_freeze(jobId), 0, "again");
+        eq(escrow.jobOf(jobId).committed, 10, "committed");
+        eq(escrow.claim(jobId, ALICE, 10, none), 10, "paid");
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.NoSuchJob.selector, bytes32("x")));
+        _freeze("x");
+    }
+
+    function testAFreezeReachesAJobThatIsClosedAndRefunded() public {
+        bytes32 jobId = _openWithWindow(0);
+        post(jobId, 1, leaf(jobId, ALICE, 60), 60);
+        vm.prank(COORDINATOR);
+        escrow.close(jobId);
+        eq(escrow.refund(jobId), 40, "first");
+        _freeze(jobId);
+        eq(escrow.refund(jobId), 60, "what the frozen root had committed");
+        eq(token.balanceOf(address(escrow)), 0, "all back");
+    }
+
+    function testCompensationOfAFinishedJobIsItsSponsors() public {
+        bytes32 jobId = openJob(100);
+        vm.prank(COORDINATOR);
+        escrow.close(jobId);
+        eq(escrow.refund(jobId), 100, "refund");
+        vm.prank(sponsor);
+        escrow.compensate(jobId, 7);
+        eq(escrow.refund(jobId), 7, "again");
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.ZeroAmount.selector));
+        escrow.compensate(jobId, 0);
+        vm.expectRevert(abi.encodeWithSelector(JobEscrow.NoSuchJob.selector, bytes32("x")));
+        escrow.compensate("x", 1);
+    }
+
+    /// Whatever the totals, the bond and the moment of the freeze, nobody is paid above what was
+    /// accepted and every unit ends with somebody.
+    function testFuzzAFreezeConservesMoney(uint128 first, uint128 second, uint128 bond, uint64 after_) public {
+        first = uint128(bound(first, 0, 100));
+        second = uint128(bound(second, first, 100));
+        bond = uint128(bound(bond, 1, 1000));
+        bytes32 jobId = _openWithWindow(0);
+        _fundCoordinator(bond);
+        _putUp(jobId, bond);
+        post(jobId, 1, leaf(jobId, ALICE, first), first);
+        vm.warp(block.timestamp + WINDOW);
+        post(jobId, 2, leaf(jobId, ALICE, second), second);
+        vm.warp(block.timestamp + bound(after_, 0, 2 * WINDOW));
+        bool accepted = block.timestamp >= escrow.jobOf(jobId).readyAt;
+        _freeze(jobId);
+        uint128 owed = accepted ? second : first;
+        eq(escrow.claim(jobId, ALICE, owed, none), owed, "owed");
+        escrow.refund(jobId);
+        (uint128 reward,,) = vault.stakeOf(BOB);
+        eq(token.balanceOf(sponsor) + owed + reward + token.balanceOf(Penalty.BURN), PURSE + bond, "conserved");
+        eq(token.balanceOf(address(escrow)), 0, "nothing is stranded");
+    }
+
+    function _openWithWindow(uint128 minBond) private returns (bytes32) {
+        deployPair(COURT, WINDOW, minBond);
+        vm.prank(sponsor);
+        token.approve(address(escrow), PURSE);
+        return openJob(100);
+    }
+
+    function _fundCoordinator(uint128 amount) private {
+        token.mint(COORDINATOR, amount);
+        vm.prank(COORDINATOR);
+        token.approve(address(escrow), amount);
+    }
+
+    function _putUp(bytes32 jobId, uint128 amount) private {
+        vm.prank(COORDINATOR);
+        escrow.putUpBond(jobId, amount);
+    }
+
+    function _freeze(bytes32 jobId) private returns (uint128) {
+        vm.prank(COURT);
+        return escrow.freeze(jobId, "case", BOB);
     }
 
     function testFuzzPaymentsStayInsideTheTotal(uint128 owedA, uint128 owedB, uint128 total, uint128 funds) public {

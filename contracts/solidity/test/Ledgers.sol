@@ -30,12 +30,18 @@ abstract contract Ledgers is Base {
         vm.warp(1_000_000);
         sponsor = vm.addr(SPONSOR_KEY);
         token = new DevUSD();
-        vault = new StakeVault(token, COURT, UNBONDING);
         log = new ProvenanceLog();
-        escrow = new JobEscrow(token, log, window);
+        deployPair(COURT, window, 0);
         token.mint(sponsor, PURSE);
         vm.prank(sponsor);
         token.approve(address(escrow), type(uint256).max);
+    }
+
+    /// A vault and an escrow of the present token that know each other and `court`.
+    function deployPair(address court, uint64 window, uint128 minBond) internal {
+        address escrowAt = vm.computeCreateAddress(address(this), vm.getNonce(address(this)) + 1);
+        vault = new StakeVault(token, escrowAt, court, UNBONDING);
+        escrow = new JobEscrow(token, log, address(vault), court, window, minBond);
     }
 
     function openJob(uint128 amount) internal returns (bytes32) {
@@ -43,12 +49,12 @@ abstract contract Ledgers is Base {
         return escrow.open(DIGEST, COORDINATOR, amount, uint64(block.timestamp) + 1 days);
     }
 
-    function post(bytes32 jobId, uint64 number, bytes32 root, uint128 total) internal {
+    function post(bytes32 jobId, uint32 number, bytes32 root, uint128 total) internal {
         vm.prank(COORDINATOR);
         escrow.post(jobId, epoch(number, root, total));
     }
 
-    function epoch(uint64 number, bytes32 root, uint128 total) internal pure returns (JobEscrow.Epoch memory) {
+    function epoch(uint32 number, bytes32 root, uint128 total) internal pure returns (JobEscrow.Epoch memory) {
         return JobEscrow.Epoch(number, root, keccak256(abi.encode("prov", number)), total, 3, 4);
     }
 

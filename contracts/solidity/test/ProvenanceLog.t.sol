@@ -10,14 +10,14 @@ contract ProvenanceLogTest is Ledgers {
 
     function testFuzzHeadsChainAndSubjectsAreTheCallersOwn(bytes32 subject, bytes32 root, uint64 leaves) public {
         vm.prank(ALICE);
-        bytes32 first = log.anchor(subject, root, leaves);
+        log.anchor(subject, root, leaves);
+        bytes32 first = log.head(ALICE, subject);
         eq(first, keccak256(abi.encode(bytes32(0), root, leaves)), "first");
         vm.prank(BOB);
         log.anchor(subject, bytes32("noise"), 9);
         vm.prank(ALICE);
-        bytes32 second = log.anchor(subject, root, leaves);
-        eq(second, keccak256(abi.encode(first, root, leaves)), "second");
-        eq(log.head(ALICE, subject), second, "head");
+        log.anchor(subject, root, leaves);
+        eq(log.head(ALICE, subject), keccak256(abi.encode(first, root, leaves)), "second");
         eq(log.seq(ALICE, subject), 2, "seq");
         eq(log.seq(BOB, subject), 1, "bob");
     }
