@@ -39,6 +39,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("models", "Download trained models."),
     "worker": ("worker", "Offer this machine's compute, and collect its pay."),
     "orchestrate": ("orchestrate", "Run an orchestrator."),
+    "market": ("market", "Try the market out, or check what it did."),
     "provenance": ("provenance", "Check where a model comes from."),
     "chain": ("chain", "Run a local chain with the contracts deployed."),
     "version": ("version", "Show the installed version."),

@@ -178,12 +178,12 @@ class _DemoRun:
         """
         try:
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                while not (await gateway.escrow(job_id)).closed:  # noqa: ASYNC110
+                while not (await gateway.escrow.job(job_id)).closed:  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_S)
                 if killed is not None:
                     await self._claim_for(killed)
                 while True:
-                    state = await gateway.escrow(job_id)
+                    state = await gateway.escrow.job(job_id)
                     if state.claimed_micros == state.committed_micros:
                         break
                     await asyncio.sleep(_POLL_S)
@@ -221,9 +221,9 @@ class _DemoRun:
         (out / "metrics.jsonl").write_bytes(await client.metrics(job_id))
         await download_model(client, job_id, out / "adapter")
         view = await client.job(job_id)
-        payments = await gateway.payments(job_id)
+        payments = await gateway.escrow.payments(job_id)
         totals = await gateway.totals()
-        head, _ = await gateway.provenance_head(job_id)
+        head, _ = await gateway.provenance.head(gateway.escrow.address, job_id)
         report = check_bundle(out / "bundle.json", out / "adapter", head)
         failure = report.failure()
         if failure is not None:
@@ -252,7 +252,7 @@ class _DemoRun:
                 self._memory.prices,
                 killed_account,
             ),
-            escrow=summarise_escrow(await gateway.escrow(job_id), payments),
+            escrow=summarise_escrow(await gateway.escrow.job(job_id), payments),
             chain=ChainSummary(
                 chain_id=gateway.deployment.chain_id,
                 transactions=totals.transactions,

@@ -38,7 +38,7 @@ START_TIMEOUT_S = 90.0
 """Generous: a cold disk and busy processors; a quiet machine needs a tenth of it."""
 MIN_STAKE_MICROS = 1 * MICROS_PER_DOLLAR
 _REQUESTER_MICROS = 1_000 * MICROS_PER_DOLLAR
-_WORKER_MICROS = 10 * MICROS_PER_DOLLAR
+_WORKER_MICROS = 100 * MICROS_PER_DOLLAR
 _GAS_WEI = 10**19
 _POLL_S = 0.1
 
@@ -235,10 +235,10 @@ class Devnet:
     async def _fund_up_to(self, gateway: ChainGateway, key: Path, token_micros: int) -> None:
         account = load_or_create_account(key).address
         missing_wei = max(0, _GAS_WEI - await gateway.eth_balance(account))
-        missing_micros = max(0, token_micros - await gateway.token_balance(account))
+        missing_micros = max(0, token_micros - await gateway.token.balance(account))
         # Gas money is topped up only when half is gone: a restart should send nothing.
         wei = missing_wei if missing_wei > _GAS_WEI // 2 else 0
-        await gateway.fund(account, wei, missing_micros)
+        await gateway.token.fund(account, wei, missing_micros)
 
     async def _start_orchestrator(self, rpc_url: str, api_url: str) -> None:
         folder = self.folder
@@ -252,6 +252,8 @@ class Devnet:
                 "api_port": int(api_url.rpartition(":")[2]),
                 "models_dir": self.options.models_dir or default_models_dir(),
                 "min_stake_micros": MIN_STAKE_MICROS,
+                # Its chain makes blocks only for transactions, and never drops one.
+                "chain_depth": 0,
                 # Requester and operator are the same person here.
                 "allow_local_models": True,
             },
@@ -270,7 +272,7 @@ class Devnet:
                 "data_dir": self.folder.worker_data(profile.name),
                 "name": profile.name,
                 "rpc_url": rpc_url,
-                "stake": "2.00",
+                "stake": "20.00",
                 "device": "cpu",
                 "niceness": profile.niceness,
                 "num_threads": self.options.threads,

@@ -30,8 +30,9 @@ async def refund_rest(gateway: ChainGateway, job_id: str) -> Refund:
         NotFound: the chain holds no such job.
         InvalidRequest: the escrow is neither closed nor past its deadline.
     """
-    state = await gateway.escrow(job_id)
-    if state.refund_taken:
+    state = await gateway.escrow.job(job_id)
+    rest_micros = state.funded_micros - state.committed_micros - state.refunded_micros
+    if state.closed and rest_micros == 0:
         return Refund(refunded_micros=state.refunded_micros, sent_now=False)
     if not state.closed and await gateway.now_s() < state.deadline_s:
         raise InvalidRequest(
@@ -40,11 +41,10 @@ async def refund_rest(gateway: ChainGateway, job_id: str) -> Refund:
             code="refund_too_early",
             deadline_s=state.deadline_s,
         )
-    rest_micros = state.funded_micros - state.committed_micros
     if rest_micros == 0:
-        return Refund(refunded_micros=0, sent_now=False)
-    await gateway.refund(job_id)
-    return Refund(refunded_micros=rest_micros, sent_now=True)
+        return Refund(refunded_micros=state.refunded_micros, sent_now=False)
+    await gateway.escrow.refund(job_id)
+    return Refund(refunded_micros=state.refunded_micros + rest_micros, sent_now=True)
 
 
 def when(state: EscrowState) -> str:

@@ -43,12 +43,7 @@ async def open_gateway(
     if not urls:
         raise Unavailable("The orchestrator names no chain node; name one with --rpc-url.")
     deployment = Deployment(
-        chain_id=info.domain.chain_id,
-        token=info.contracts.token,
-        stake_vault=info.contracts.stake_vault,
-        job_escrow=info.contracts.job_escrow,
-        provenance_log=info.contracts.provenance_log,
-        block_number=0,
+        chain_id=info.domain.chain_id, block_number=0, **info.contracts.model_dump()
     )
     return await ChainGateway.connect(urls[0], deployment, account)
 
@@ -69,7 +64,7 @@ async def submit_job(
     """
     info = await client.info()
     budget_micros = spec.budget.max_total_micros
-    balance_micros = await gateway.token_balance(account.address)
+    balance_micros = await gateway.token.balance(account.address)
     if balance_micros < budget_micros:
         raise OverBudget(
             f"The job's budget is ${format_dollars(budget_micros)} and {account.address} holds "
@@ -80,7 +75,7 @@ async def submit_job(
     job = Job(spec=spec, requester=account.address, nonce=secrets.randbits(_NONCE_BITS))
     submitted = await client.submit(sign(job, info.domain, account))
     _require_ours(submitted, job, info)
-    await gateway.open_job(
+    await gateway.escrow.open_job(
         job.job_digest(), submitted.coordinator, budget_micros, submitted.escrow_deadline_s
     )
     return submitted

@@ -160,6 +160,8 @@ class BlobStore:
                 code="blob_too_large",
             )
         with self._lock:
+            if self._total_bytes + size_bytes <= self._max_bytes:
+                return
             for digest in [digest for digest in self._sizes if digest not in self._pins]:
                 if self._total_bytes + size_bytes <= self._max_bytes:
                     return

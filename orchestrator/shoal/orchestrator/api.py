@@ -7,11 +7,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from shoal.orchestrator.certificates import listed_certificates, published_clearing
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.jobs import Jobs
@@ -71,11 +72,13 @@ class Api:
         app.get(f"{market}/workers")(self._views.workers)
         app.get(f"{market}/jobs")(self._views.jobs)
         app.post(f"{market}/jobs", status_code=201)(self.submit)
-        app.get(job)(self._views.job)
+        app.get(job)(self.job)
         app.post(f"{job}/cancel")(self.cancel)
         app.get(f"{job}/events")(self.events)
         app.get(f"{job}/events/stream")(self.event_stream)
         app.get(f"{job}/metrics")(self.metrics)
+        app.get(f"{job}/certificates")(self.certificates)
+        app.get(f"{market}/certificates/{{sha256}}")(self.certificate)
         app.get(f"{job}/payouts")(self.payouts)
         app.get(f"{job}/payouts/{{account}}")(self.payout)
         app.get("/v1/models/{job_id}")(self.model)
@@ -93,12 +96,7 @@ class Api:
             "software_version": SOFTWARE_VERSION,
             "protocol_version": PROTOCOL_VERSION,
             "domain": self._context.domain.to_json(),
-            "contracts": {
-                "token": deployment.token,
-                "stake_vault": deployment.stake_vault,
-                "job_escrow": deployment.job_escrow,
-                "provenance_log": deployment.provenance_log,
-            },
+            "contracts": deployment.contracts().to_json(),
             "deployment": deployment.to_json(),
             "orchestrator": self._context.account.address,
             "peer_id": self._context.network.peer_id,
@@ -107,7 +105,7 @@ class Api:
             "api_url": self._roster.api_url,
             "rpc_urls": [self._context.config.rpc_url],
             "min_stake_micros": self._context.config.min_stake_micros,
-            "challenge_window_s": await self._context.chain.challenge_window_s(),
+            "challenge_window_s": await self._context.chain.escrow.challenge_window_s(),
         }
 
     def _p2p_addresses(self) -> list[str]:
@@ -131,6 +129,10 @@ class Api:
             "coordinator": self._context.account.address,
             "escrow_deadline_s": row.escrow_deadline_s,
         }
+
+    async def job(self, job_id: str) -> JSONResponse:
+        """Everything about one job; as it is, since followers ask for it all the time."""
+        return JSONResponse(await self._views.job(job_id))
 
     async def cancel(self, job_id: str, request: Request) -> dict[str, Any]:
         """Takes a signed order to end the job; answers with the job as it is then."""
@@ -183,6 +185,21 @@ class Api:
         await self._intake.require(job_id)
         return PlainTextResponse(await self._publisher.metrics(job_id))
 
+    async def certificates(
+        self, job_id: str, before_ms: int | None = None, limit: int = 50
+    ) -> dict[str, Any]:
+        """The clearings of the job's lots, the newest first."""
+        await self._intake.require(job_id)
+        listed = await listed_certificates(
+            self._context, job_id, before_ms=before_ms, limit=max(1, limit)
+        )
+        return {"certificates": listed}
+
+    async def certificate(self, sha256: str) -> Response:
+        """One clearing with all it was made of, for `shoal market replay`."""
+        clearing = await published_clearing(self._context, sha256)
+        return Response(clearing.encode(), media_type="application/json")
+
     async def payouts(self, job_id: str) -> dict[str, Any]:
         """What the last settled epoch owes everybody."""
         epoch, payouts = await self._settler.payouts(job_id)
@@ -198,7 +215,7 @@ class Api:
             "account": proof.claim.account,
             "cumulative_micros": proof.claim.cumulative_micros,
             "proof": proof.claim.proof,
-            "claimed_micros": await self._context.chain.claimed(job_id, proof.claim.account),
+            "claimed_micros": await self._context.chain.escrow.claimed(job_id, proof.claim.account),
             "final": row.state in _ENDED,
         }
 

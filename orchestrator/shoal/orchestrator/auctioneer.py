@@ -1,33 +1,38 @@
-"""The market's clock: standing bids in, awards out, each time either side changes."""
+"""The market's clock: lots are cleared over the epoch's book, and their ladders handed out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 
-from shoal.market.auction import RejectReason, clear
-from shoal.market.book import BidBook, StandingBid
+from shoal.market.certificate import Session, clear_and_certify
+from shoal.market.clearing import Auction, Cleared, Refusal, parcels_of
 from shoal.market.fairness import FairShares
+from shoal.market.frozen import TermsTable
+from shoal.market.pricing import next_posted_price
+from shoal.market.reserve import raised
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.leases import LiveLease
+from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
-from shoal.orchestrator.store.tables import BidRow, LotRow
+from shoal.orchestrator.store.tables import CertificateRow, LotRow
+from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
-from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unauthorised, Unavailable
-from shoal.protocol.ids import PeerId
-from shoal.protocol.market import Award, Bid, BidReceipt, Lot, TaskKind
-from shoal.protocol.node import LOTS_TOPIC, IdleReason
+from shoal.protocol.canonical import canonical_bytes
+from shoal.protocol.certificate import ClearingCertificate, ClearingRule, Rung
+from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unavailable
+from shoal.protocol.market import TaskKind
+from shoal.protocol.node import CERTIFICATES_TOPIC, LOTS_TOPIC, IdleReason
 from shoal.protocol.record import Record
-from shoal.protocol.signing import Signed, sign
+from shoal.protocol.signing import sign
 
 _log = logging.getLogger(__name__)
 
-_SEED_BYTES = 32
 _PARCELS_PASSED_OVER = 64
 _LEASES_WHEN_SHARED = 2
 """Leases a node holds while several jobs want workers: one to compute, one to fetch ahead.
@@ -36,82 +41,62 @@ More would wait in the node's own queue, where the jobs' shares are no longer ou
 """
 
 _IDLE_WORDS = {
-    RejectReason.ABOVE_RESERVE: IdleReason.ABOVE_RESERVE,
-    RejectReason.TASK_TOO_LARGE: IdleReason.TASK_TOO_LARGE,
-    RejectReason.OUTBID: IdleReason.OUTBID,
+    Refusal.ABOVE_RESERVE: IdleReason.ABOVE_RESERVE,
+    Refusal.ABOVE_POSTED_PRICE: IdleReason.ABOVE_RESERVE,
+    Refusal.TASK_TOO_LARGE: IdleReason.TASK_TOO_LARGE,
+    Refusal.STAKE_TOO_SMALL: IdleReason.STAKE_TOO_SMALL,
+    Refusal.UNSTAKED: IdleReason.STAKE_TOO_SMALL,
 }
+"""What a refusal is in a word, the nearest to a lease last."""
 
 
 class Auctioneer:
-    """Holds the book and the open workloads, and clears one against the other.
+    """Holds the open workloads, clears each once, and leases its parcels down the ladder.
 
     Jobs that want the same workers are served in proportion to their requesters' weights,
     which are the operator's; jobs of one requester share its weight.
     """
 
     def __init__(
-        self, context: Context, roster: Roster, dispatcher: Dispatcher, setbacks: Setbacks
+        self,
+        context: Context,
+        roster: Roster,
+        dispatcher: Dispatcher,
+        setbacks: Setbacks,
+        sealer: Sealer,
+        record: TrackRecord,
     ) -> None:
         self._context = context
         self._roster = roster
         self._dispatcher = dispatcher
         self._setbacks = setbacks
-        self._book = BidBook(context.domain)
+        self._sealer = sealer
+        self._record = record
         self._open: list[Workload] = []
         self._shares = FairShares()
+        self._posted: dict[tuple[str, TaskKind], int] = {}
         self._changed = asyncio.Event()
         self._with_room: defaultdict[TaskKind, dict[str, None]] = defaultdict(dict)
         """Nodes that may have room for a kind, in the order in which they came to have it."""
         dispatcher.on_capacity = self.room_at
         dispatcher.on_served = self._served
+        sealer.on_market = self._new_book
 
     def poke(self) -> None:
-        """Asks for another clearing."""
+        """Asks for another round."""
         self._changed.set()
 
     def room_at(self, node: str) -> None:
-        """The node may have room again; asks for another clearing."""
+        """The node may have room again; asks for another round."""
         for kind in TaskKind:
             self._with_room[kind][node] = None
         self.poke()
 
-    async def bid(self, peer: PeerId, signed: Signed[Bid]) -> Signed[BidReceipt]:
-        """Puts the bid in the book and gives a signed receipt for it.
-
-        Raises:
-            Unauthorised: the bidder has not joined, or bids for another node or account.
-            InvalidRequest, PeerFault: the bid breaks a rule of the book, which is named.
-        """
-        member = self._roster.member(peer)
-        bid = signed.record
-        if bid.node != peer or bid.account.lower() != member.account.lower():
-            raise Unauthorised(
-                f"The bid is for node {bid.node} of account {bid.account}, but this connection "
-                f"is node {peer} of account {member.account}; bid for yourself.",
-                code="wrong_node",
-            )
-        now_ms = self._context.time.now_ms()
-        standing = self._book.add(signed, now_ms=now_ms)
-        row = BidRow(
-            bid_sha256=standing.sha256,
-            account=bid.account,
-            node=bid.node,
-            nonce=bid.nonce,
-            record=signed.encode().decode(),
-            received_ms=now_ms,
-        )
-        await self._context.database.run(lambda session: session.merge(row) and None)
-        self.room_at(peer)
-        receipt = BidReceipt(bid_sha256=standing.sha256, received_at_ms=now_ms)
-        return sign(receipt, self._context.domain, self._context.account)
-
-    def suspend(self, node: str) -> None:
-        """Keeps ``node`` out of auctions for a while: its result was rejected."""
-        self._setbacks.strike(node)
-
-    def node_lost(self, node: str) -> None:
-        """Takes the node's bids off the book; it bids again when it is back."""
-        self._book.remove_node(node)
+    def _new_book(self) -> None:
+        market = self._sealer.market
+        for node in () if market is None else market.of_node:
+            self.room_at(node)
+        self.poke()
 
     def idle_reason(self, node: str, has_jobs: bool) -> IdleReason:
         """Why the node holds no lease, in a word."""
@@ -121,32 +106,23 @@ class Auctioneer:
             return IdleReason.NO_JOBS
         if self._setbacks.is_paused(node):
             return IdleReason.PAUSED
-        bids = [standing.bid for standing in self._book.of_node(node)]
+        market = self._sealer.market
+        bids = () if market is None else market.of_node.get(node, ())
         if not bids:
             return IdleReason.STARTING
-        reasons = {self._unfit(bid, workload) for bid in bids for workload in self._open}
-        # The reason that is nearest to a lease: none but being outbid, then size, then price.
-        for reason in (
-            RejectReason.OUTBID,
-            RejectReason.TASK_TOO_LARGE,
-            RejectReason.ABOVE_RESERVE,
-        ):
-            if reason in reasons:
-                return _IDLE_WORDS[reason]
+        placements = [w.placement for w in self._open if w.placement is not None and w.undelivered]
+        digests = {entry.digest for entry in bids}
+        if any(placement.ladder.holds(node) for placement in placements):
+            return IdleReason.OUTBID
+        reasons = {
+            placement.refused[digest]
+            for placement in placements
+            for digest in digests & placement.refused.keys()
+        }
+        for refusal, word in _IDLE_WORDS.items():
+            if refusal in reasons:
+                return word
         return IdleReason.NO_WORK
-
-    @staticmethod
-    def _unfit(bid: Bid, workload: Workload) -> RejectReason:
-        """Why the bid has no lease of the workload."""
-        lot = workload.lot
-        if bid.kind is not workload.kind or not bid.covers(lot.job_id, lot.epoch):
-            return RejectReason.NOT_COVERED
-        if not workload.undelivered:
-            return RejectReason.NOT_COVERED
-        if bid.price_micros > lot.reserve_micros:
-            return RejectReason.ABOVE_RESERVE
-        smallest = min(workload.sizes(), default=0)
-        return RejectReason.TASK_TOO_LARGE if bid.capacity < smallest else RejectReason.OUTBID
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind."""
@@ -154,10 +130,9 @@ class Auctioneer:
 
     def prices(self, node: str) -> dict[str, int]:
         """What the node asks for a unit of each kind, in micros."""
-        return {
-            standing.bid.kind.value: standing.bid.price_micros
-            for standing in self._book.of_node(node)
-        }
+        market = self._sealer.market
+        bids = () if market is None else market.of_node.get(node, ())
+        return {entry.bid.kind.value: entry.bid.price_micros for entry in bids}
 
     async def open(self, workload: Workload) -> None:
         """Offers the workload's units to the market."""
@@ -169,7 +144,7 @@ class Auctioneer:
         )
         await self._context.database.run(lambda session: session.add(row))
         self._open.append(workload)
-        self.poke()
+        self._changed.set()
         await self.announce(LOTS_TOPIC, workload.lot)
 
     async def announce(self, topic: str, record: Record) -> None:
@@ -184,20 +159,20 @@ class Auctioneer:
         for workload in self._open:
             workload.closed = workload.closed or workload.lot.job_id == job_id
         self._sweep()
-        self._book.remove_job(job_id)
+        for kind in TaskKind:
+            self._posted.pop((job_id, kind), None)
         self._shares.forget(job_id)
         self._dispatcher.forget_job(job_id)
 
     async def run(self) -> None:
-        """Runs for ever: clears whenever a bid, a lot or capacity appears."""
+        """Runs for ever: places whatever can be placed whenever something has changed."""
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self._book.remove_expired(self._context.time.now_ms())
             self._sweep()
             await self._share_out()
-            for slow in self._dispatcher.stragglers():
-                await self._safely(slow.workload, self._hedge(slow))
+            for behind in (*self._dispatcher.stragglers(), *self._dispatcher.tail()):
+                await self._safely(behind.workload, self._hedge(behind))
 
     def _sweep(self) -> None:
         for workload in self._open:
@@ -215,26 +190,26 @@ class Auctioneer:
             job_id = self._shares.next_of(waiting)
             workload = waiting[job_id][0]
             # Alone on the market a job takes all it can; else the turn passes at each lease.
-            took = await self._safely(workload, self._clear(workload, one=len(waiting) > 1))
+            took = await self._safely(workload, self._place(workload, one=len(waiting) > 1))
             if not took or not workload.waiting:
                 waiting[job_id].pop(0)
                 if not waiting[job_id]:
                     del waiting[job_id]
 
-    async def _safely(self, workload: Workload, clearing: Coroutine[None, None, bool]) -> bool:
-        """Runs the clearing; what goes wrong costs the workload's own job at most."""
+    async def _safely(self, workload: Workload, placing: Coroutine[None, None, bool]) -> bool:
+        """Runs the placing; what goes wrong costs the workload's own job at most."""
         try:
-            return await clearing
+            return await placing
         except OverBudget as error:
             # Money held by running leases may come back; with none there is no more to come.
             if not self._dispatcher.live_leases(workload.lot.job_id):
                 workload.abandon(error)
         except Unavailable as error:
             _log.warning(
-                "clearing_waits", extra={"lot_id": workload.lot.lot_id, "reason": error.message}
+                "placing_waits", extra={"lot_id": workload.lot.lot_id, "reason": error.message}
             )
         except Exception:
-            _log.exception("clearing_failed", extra={"lot_id": workload.lot.lot_id})
+            _log.exception("placing_failed", extra={"lot_id": workload.lot.lot_id})
             workload.abandon(
                 InvariantBroken(
                     f"Lot {workload.lot.lot_id} could not be handed out, by a defect of the "
@@ -243,83 +218,158 @@ class Auctioneer:
             )
         return False
 
-    async def _clear(self, workload: Workload, *, one: bool) -> bool:
+    async def _place(self, workload: Workload, *, one: bool) -> bool:
         """Leases what the workload's waiting parcels can get, or ``one``; whether any."""
-        if workload.closed:
-            return False
-        granted = False
-        candidates = self._candidates(workload.lot)
-        # No more parcels can be awarded than there is room for units, and looking at all that
-        # wait would make a large lot's every lease dear; some more are for those that fit nobody.
-        room = sum(entry.bid.capacity for entry in candidates)
-        sizes = workload.sizes(room + _PARCELS_PASSED_OVER) if candidates else []
-        for award in self._auction(workload.lot, candidates, sizes):
-            left = award.num_units
-            # The job may end while an earlier lease is written down.
-            while left and not workload.closed:
-                part = award.model_copy(update={"num_units": left})
-                live = await self._dispatcher.grant(workload, part)
-                if live is None:
-                    # Meanwhile another lease may have delivered a parcel this award was for.
-                    break
-                self._charge(live)
-                granted = True
-                if one:
-                    return True
-                left -= len(live.units)
+        granted, passed_over = False, 0
+        for parcel in list(workload.waiting):
+            # The job may end, or another lease deliver the parcel, while one is written down.
+            if workload.closed or parcel not in workload.waiting:
+                continue
+            placement = await self._placement(workload, parcel)
+            nodes = self._ready_nodes(workload)
+            if placement is None or not nodes or passed_over >= _PARCELS_PASSED_OVER:
+                break
+            rung = self._next_rung(workload, placement, parcel, nodes)
+            if rung is None:
+                passed_over += 1
+                continue
+            award = placement.award(rung, len(parcel))
+            self._charge(await self._dispatcher.grant(workload, parcel, award))
+            granted = True
+            if one:
+                break
         return granted
 
-    async def _hedge(self, slow: LiveLease) -> bool:
-        """Leases the slow lease's parcel to another node too, if one has room for it."""
-        if slow.workload.closed or not slow.record.state.is_open:
-            return False
-        candidates = self._candidates(slow.workload.lot, besides=slow.lease.node)
-        awards = self._auction(slow.workload.lot, candidates, [len(slow.units)])
-        if not awards:
-            return False
-        self._charge(await self._dispatcher.grant_again(slow, awards[0]))
-        return True
+    async def _placement(self, workload: Workload, parcel: Parcel) -> Placement | None:
+        """The lot's clearing, made anew for another book, or where the parcel needs it."""
+        market, placement = self._sealer.market, workload.placement
+        if market is None:
+            return placement
+        if placement is not None and placement.needs_clearing(parcel):
+            if placement.raises_reserve(parcel):
+                workload.reserve = raised(workload.reserve)
+        elif placement is not None and placement.epoch == market.book.epoch:
+            return placement
+        workload.placement = await self._clear(workload)
+        return workload.placement
+
+    async def _clear(self, workload: Workload) -> Placement:
+        """What still waits of the lot is auctioned over the present book, once."""
+        terms = self._record.terms(workload)
+        cleared, certificate = self._auction(workload, terms)
+        signed = sign(certificate, self._context.domain, self._context.account)
+        before = workload.placement
+        earlier = {} if before is None else before.carried(workload.waiting)
+        placement = Placement.of(signed, cleared, earlier)
+        row = CertificateRow(
+            sha256=placement.sha256,
+            job_id=workload.lot.job_id,
+            lot_id=workload.lot.lot_id,
+            epoch=certificate.epoch,
+            certificate=signed.encode().decode(),
+            terms=canonical_bytes([row.to_json() for row in terms.rows]).decode(),
+            issued_ms=certificate.issued_at_ms,
+        )
+        # Before any lease cites it.
+        await self._context.database.run(lambda session: session.add(row))
+        await self.announce(CERTIFICATES_TOPIC, signed)
+        return placement
 
     def _auction(
-        self, lot: Lot, candidates: list[StandingBid], sizes: list[int]
-    ) -> tuple[Award, ...]:
-        """Who of the candidates wins tasks of these sizes."""
-        if not candidates or not sizes:
-            return ()
-        return clear(
-            lot.model_copy(update={"num_units": sum(sizes)}),
-            candidates,
-            in_flight=self._dispatcher.in_flight(),
-            seed=secrets.token_bytes(_SEED_BYTES),
-            now_ms=self._context.time.now_ms(),
-            task_sizes=sizes,
-        ).awards
+        self, workload: Workload, terms: TermsTable
+    ) -> tuple[Cleared, ClearingCertificate]:
+        market = self._sealer.market
+        if market is None:
+            raise Unavailable("No bid has been sealed yet.", code="no_book")
+        sizes = workload.sizes()
+        update = {"num_units": sum(sizes), "reserve_micros": workload.reserve.reserve_micros}
+        lot = workload.lot.model_copy(update=update)
+        session = Session(
+            seal=market.seal.record,
+            book=market.book,
+            terms=terms,
+            head=market.head,
+        )
+        key = lot.job_id, workload.kind
+        while True:
+            posted = self._posted.get(key, lot.reserve_micros)
+            cleared, certificate = clear_and_certify(
+                Auction(lot=lot, parcels=parcels_of(sizes), posted_micros=posted),
+                workload.reserve,
+                session,
+                issued_at_ms=self._context.time.now_ms(),
+            )
+            if cleared.rule is not ClearingRule.POSTED:
+                return cleared, certificate
+            self._posted[key] = next_posted_price(
+                cleared.clearing_price_micros,
+                demand_units=lot.num_units,
+                supply_units=cleared.supply_units,
+                reserve_micros=lot.reserve_micros,
+            )
+            # A price nobody takes is no price: the lot waits for nobody but a dearer one.
+            if len(cleared.ladder) or self._posted[key] <= cleared.clearing_price_micros:
+                return cleared, certificate
 
-    def _candidates(self, lot: Lot, besides: str | None = None) -> list[StandingBid]:
-        """The bids for the lot of the nodes that have room and may work, not ``besides``."""
-        kind = lot.lot_class.kind
-        in_flight = self._dispatcher.in_flight()
-        shared = len({workload.lot.job_id for workload in self._open}) > 1
+    def _ready_nodes(self, workload: Workload) -> list[str]:
+        """The nodes that have room for the workload's kind and may work on it now."""
+        kind, lot_id = workload.kind, workload.lot.lot_id
+        market, held = self._sealer.market, self._dispatcher.in_flight()
+        shared = len({w.lot.job_id for w in self._open}) > 1
         room = self._with_room[kind]
-        found = []
+        ready = []
         for node in list(room):
-            bids = [entry for entry in self._book.of_node(node) if entry.bid.kind is kind]
-            held = in_flight.get((node, kind), 0)
-            if not any(entry.bid.capacity > held for entry in bids):
+            bids = () if market is None else market.of_node.get(node, ())
+            units = held.get((node, kind), 0)
+            if not any(e.bid.kind is kind and e.bid.capacity > units for e in bids):
                 # It is looked at again once it bids, or a lease of it ends.
                 del room[node]
+            elif shared and self._dispatcher.num_open(node) >= _LEASES_WHEN_SHARED:
                 continue
-            if shared and self._dispatcher.num_open(node) >= _LEASES_WHEN_SHARED:
-                continue
-            if node != besides and self._may_work(node, lot.lot_id):
-                found += [entry for entry in bids if entry.bid.covers(lot.job_id, lot.epoch)]
-        return found
+            elif self._may_work(node, lot_id):
+                ready.append(node)
+        return ready
 
     def _may_work(self, node: str, lot_id: str) -> bool:
         member = self._roster.find(node)
         if member is None or not member.connected or member.leaving:
             return False
         return self._setbacks.may_work(node, member.account, lot_id)
+
+    def _next_rung(
+        self, workload: Workload, placement: Placement, parcel: Parcel, nodes: list[str]
+    ) -> Rung | None:
+        """The first rung of ``nodes`` with room, and stake, for the parcel."""
+        num_units = len(parcel)
+        held = self._dispatcher.in_flight()
+        left = list(nodes)
+        while left:
+            rung = placement.ladder.next_rung(
+                parcel,
+                num_units,
+                nodes=left,
+                in_flight={node: held.get((node, workload.kind), 0) for node in left},
+            )
+            if rung is None:
+                return None
+            member = self._roster.find(rung.node)
+            if member is not None and self._record.has_stake(member, workload, num_units):
+                return rung
+            left.remove(rung.node)
+        return None
+
+    async def _hedge(self, behind: LiveLease) -> bool:
+        """Leases the lease's parcel to another node too, if one has room for it."""
+        workload = behind.workload
+        if workload.closed or not behind.record.state.is_open or workload.placement is None:
+            return False
+        nodes = [node for node in self._ready_nodes(workload) if node != behind.lease.node]
+        rung = self._next_rung(workload, workload.placement, behind.units, nodes)
+        if rung is None:
+            return False
+        award = workload.placement.award(rung, len(behind.units))
+        self._charge(await self._dispatcher.grant_again(behind, award))
+        return True
 
     def _charge(self, live: LiveLease) -> None:
         """The job has been given the time its new lease is expected to take."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.orchestrator.workload import Delivery, Parcel
+from shoal.orchestrator.placement import Parcel
+from shoal.orchestrator.workload import Delivery
 from shoal.protocol.errors import InvariantBroken
 from shoal.protocol.learning import AdvantageScale
 from shoal.rl.advantage import group_advantages

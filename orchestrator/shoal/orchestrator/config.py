@@ -31,6 +31,11 @@ class OrchestratorConfig(BaseModel):
     whose weight is 1.  A lease may last ``first_lease_ms`` while nobody knows how long its
     units take.  One that lasts three times longer than usual and ``straggler_slack_ms`` more
     is given to a second worker too.
+
+    A market epoch, for which the book of bids is sealed, lasts at least ``market_epoch_ms``.
+
+    What the chain shows counts from ``chain_depth`` blocks on: deposits are not spent before,
+    and a chain that drops a block deeper than that stops the process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,12 +58,14 @@ class OrchestratorConfig(BaseModel):
     min_stake_micros: int = Field(default=1_000_000, ge=0)
     heartbeat_ms: int = Field(default=1_000, ge=10)
     epoch_ms: int = Field(default=5_000, ge=100)
+    market_epoch_ms: int = Field(default=1_000, ge=10, le=60_000)
     start_timeout_ms: int = Field(default=10_000, ge=100)
     first_lease_ms: int = Field(default=600_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
     lease_ceiling_ms: int = Field(default=3_600_000, ge=100)
     straggler_slack_ms: int = Field(default=5_000, ge=0)
     max_attempts: int = Field(default=8, ge=1)
+    chain_depth: int = Field(default=12, ge=0, le=10_000)
     job_weights: dict[str, float] = Field(default_factory=dict)
 
     @field_validator("job_weights")

@@ -17,7 +17,6 @@ from sqlalchemy import update
 from shoal.market import lease as leases
 from shoal.market.lease import LeaseRecord, LeaseState
 from shoal.market.pace import Pace, straggles
-from shoal.market.reauction import FAILURES_BEFORE_RAISE, raise_reserve_up
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.handin import require_payload, require_receipt
 from shoal.orchestrator.leases import (
@@ -28,12 +27,15 @@ from shoal.orchestrator.leases import (
     printable,
     store_record,
 )
+from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.rows import insert_rows
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.terms import Times, make_lease
-from shoal.orchestrator.workload import Parcel, Workload
+from shoal.orchestrator.track_record import TrackRecord
+from shoal.orchestrator.workload import Workload
 from shoal.protocol.errors import (
     InvalidRequest,
     InvariantBroken,
@@ -70,13 +72,20 @@ class Dispatcher:
     """Grants awards as leases and follows each to its end."""
 
     def __init__(
-        self, context: Context, roster: Roster, settler: Settler, setbacks: Setbacks
+        self,
+        context: Context,
+        roster: Roster,
+        settler: Settler,
+        setbacks: Setbacks,
+        record: TrackRecord,
     ) -> None:
         self._context = context
         self._roster = roster
         self._settler = settler
         self._setbacks = setbacks
+        self._record = record
         self._table = LeaseTable()
+        record.backed_micros = self._table.backed_micros
         self.pace = Pace()
         self._slow: list[LiveLease] = []
         self._offers: set[asyncio.Task[None]] = set()
@@ -100,19 +109,13 @@ class Dispatcher:
         """The job's leases that have not ended."""
         return self._table.of_job(job_id)
 
-    async def grant(self, workload: Workload, award: Award) -> LiveLease | None:
-        """Offers one lease for a parcel within the award; whatever fails, it is not lost.
-
-        Returns:
-            The lease; None when no waiting parcel is as small as the award.
+    async def grant(self, workload: Workload, parcel: Parcel, award: Award) -> LiveLease:
+        """Offers a lease for the waiting parcel; whatever fails, it is not lost.
 
         Raises:
             OverBudget: the job's free money does not cover it.
             Unavailable: the task's bytes or the lease could not be stored.
         """
-        parcel = workload.next_parcel(award.num_units)
-        if parcel is None:
-            return None
         ledger = self._settler.ledger(workload.lot.job_id)
         lease_id = LeaseId(new_id("lease"))
         ledger.hold(lease_id, len(parcel) * award.unit_price_micros)
@@ -196,6 +199,7 @@ class Dispatcher:
             upload_token=secrets.token_hex(16),
             max_result_bytes=workload.max_result_bytes(len(units)),
             expected_ms=self._expected_unit_ms(workload) * len(units),
+            backing_micros=self._record.backing_micros(workload, len(units)),
             backlog_ms=backlog_ms,
             rival=rival,
         )
@@ -203,7 +207,7 @@ class Dispatcher:
             rival.rival = live
         self._table.add(live)
         try:
-            await self._context.database.run(lambda session: session.add(lease_row(live)))
+            await self._context.database.run(lambda session: insert_rows(session, lease_row(live)))
         except Unavailable:
             # Ended meanwhile: its units are waiting again already.
             if live.record.state is LeaseState.OFFERED:
@@ -257,7 +261,6 @@ class Dispatcher:
             reason=printable(reason)[:500],
             now_ms=self._context.time.now_ms(),
         )
-        self._setbacks.strike(live.lease.node)
         await self.end(live, record, failed=False)
 
     async def end(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
@@ -266,6 +269,9 @@ class Dispatcher:
         self._table.change(live, record)
         self._forget(live)
         self._settler.ledger(live.lease.job_id).release(live.lease.lease_id)
+        # The verifier notes what it judged, in the transaction of the verdict.
+        is_judged = record.state is LeaseState.REJECTED
+        outcome = None if is_judged else self._record.note(live, record)
         self._take_back(live, record, failed=failed)
         self.on_capacity(live.lease.node)
         _log.info(
@@ -279,7 +285,9 @@ class Dispatcher:
             },
         )
         try:
-            await self._context.database.run(lambda session: store_record(session, record))
+            await self._context.database.run(
+                lambda session: store_record(session, record, outcome=outcome)
+            )
             if record.state in (LeaseState.FAILED, LeaseState.EXPIRED):
                 await self._setbacks.tell(live, record)
         except Unavailable as error:
@@ -292,9 +300,9 @@ class Dispatcher:
         is_shared = self._part(live)
         if not is_shared:
             workload.give_back(live.units, failed=failed)
-        if failed and workload.failures >= FAILURES_BEFORE_RAISE:
-            reserve = raise_reserve_up(workload.lot.reserve_micros, workload.max_reserve_micros)
-            workload.lot = workload.lot.model_copy(update={"reserve_micros": reserve})
+        placement = workload.placement
+        if failed and placement is not None and placement.sha256 == live.lease.certificate_sha256:
+            placement.note_failure(live.units, live.lease.rung)
         if impossible is not None:
             workload.abandon(impossible)
         # Another lease of the parcel may still deliver it, or has.
@@ -455,6 +463,10 @@ class Dispatcher:
         slow, self._slow = self._slow, []
         return [live for live in slow if not live.workload.waiting and self._may_rival(live)]
 
+    def tail(self) -> list[LiveLease]:
+        """Leases of the last few units of their lot, which nobody else works on yet."""
+        return [live for live in self._table if live.workload.is_tail and self._may_rival(live)]
+
     def _straggles(self, live: LiveLease, now_ms: int) -> bool:
         workload = live.workload
         if workload.waiting or workload.closed or not self._may_rival(live):
@@ -487,7 +499,6 @@ class Dispatcher:
         self._table.change(live, record)
         self._forget(live)
         self.pace.note(live.lease.job_id, live.lease.kind, live.lease.node, unit_ms)
-        self._setbacks.pardon(live.lease.node)
         self.on_served(live, unit_ms * len(live.units))
 
     async def call_off_rival(self, live: LiveLease) -> None:

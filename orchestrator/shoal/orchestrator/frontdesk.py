@@ -8,10 +8,11 @@ from shoal.network.port import Network
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.sealer import Sealer
 from shoal.protocol.ids import LeaseId, PeerId
-from shoal.protocol.market import Bid
 from shoal.protocol.node import (
-    BID_PROTOCOL,
+    CANCEL_PROTOCOL,
+    COMMIT_PROTOCOL,
     FAILURE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     HELLO_PROTOCOL,
@@ -26,6 +27,7 @@ from shoal.protocol.node import (
     OpenJob,
     ResultMessage,
 )
+from shoal.protocol.sealing import BidCancel, BidCommitment
 from shoal.protocol.signing import Signed
 
 _MAX_SMALL_BYTES = 16 << 10
@@ -34,17 +36,19 @@ _MAX_VERDICTS_PER_BEAT = 64
 
 
 class FrontDesk:
-    """Serves hello, join, bid, result, failure and heartbeat."""
+    """Serves hello, join, bid and its cancelling, result, failure and heartbeat."""
 
     def __init__(
         self,
         roster: Roster,
         auctioneer: Auctioneer,
+        sealer: Sealer,
         dispatcher: Dispatcher,
         open_jobs: Callable[[], Sequence[OpenJob]],
     ) -> None:
         self._roster = roster
         self._auctioneer = auctioneer
+        self._sealer = sealer
         self._dispatcher = dispatcher
         self._open_jobs = open_jobs
 
@@ -52,7 +56,8 @@ class FrontDesk:
         """Registers the handlers."""
         network.serve(HELLO_PROTOCOL, self._hello, max_request_bytes=_MAX_SMALL_BYTES)
         network.serve(JOIN_PROTOCOL, self._join, max_request_bytes=_MAX_SMALL_BYTES)
-        network.serve(BID_PROTOCOL, self._bid, max_request_bytes=_MAX_SMALL_BYTES)
+        network.serve(COMMIT_PROTOCOL, self._commit, max_request_bytes=_MAX_SMALL_BYTES)
+        network.serve(CANCEL_PROTOCOL, self._cancel, max_request_bytes=_MAX_SMALL_BYTES)
         network.serve(RESULT_PROTOCOL, self._result, max_request_bytes=_MAX_RESULT_MESSAGE_BYTES)
         network.serve(FAILURE_PROTOCOL, self._failure, max_request_bytes=_MAX_SMALL_BYTES)
         network.serve(HEARTBEAT_PROTOCOL, self._heartbeat)
@@ -63,11 +68,16 @@ class FrontDesk:
 
     async def _join(self, peer: PeerId, data: bytes) -> bytes:
         await self._roster.join(peer, JoinRequest.decode(data))
-        self._auctioneer.poke()
-        return JoinReply(open_jobs=tuple(self._open_jobs())).encode()
+        self._auctioneer.room_at(peer)
+        return JoinReply(
+            open_jobs=tuple(self._open_jobs()), market_epoch=self._sealer.epoch
+        ).encode()
 
-    async def _bid(self, peer: PeerId, data: bytes) -> bytes:
-        return (await self._auctioneer.bid(peer, Signed[Bid].decode(data))).encode()
+    async def _commit(self, peer: PeerId, data: bytes) -> bytes:
+        return (await self._sealer.commit(peer, BidCommitment.decode(data))).encode()
+
+    async def _cancel(self, peer: PeerId, data: bytes) -> bytes:
+        return (await self._sealer.cancel(peer, Signed[BidCancel].decode(data))).encode()
 
     async def _result(self, peer: PeerId, data: bytes) -> bytes:
         return (await self._dispatcher.submit(peer, ResultMessage.decode(data))).encode()
@@ -87,9 +97,9 @@ class FrontDesk:
             revoked=revoked,
             verdicts=tuple(list(member.undelivered.values())[:_MAX_VERDICTS_PER_BEAT]),
             open_jobs=jobs,
+            market_epoch=self._sealer.epoch,
             idle_reason=self._auctioneer.idle_reason(peer, bool(jobs)),
         ).encode()
 
     def _lost(self, peer: PeerId, cause: str) -> None:
         self._roster.lost(peer)
-        self._auctioneer.node_lost(peer)

@@ -40,6 +40,8 @@ class Intake:
         self._journal = journal
         self._start = start
         self._preparing = asyncio.Lock()
+        self._may_wait = asyncio.Event()
+        self._may_wait.set()
 
     async def submit(self, signed: Signed[Job]) -> JobRow:
         """Keeps the job, ready to be funded; the same job twice is kept once.
@@ -75,6 +77,7 @@ class Intake:
             {"name": job.spec.name},
             also=lambda session: session.add(row),
         )
+        self._may_wait.set()
         return row
 
     def _prepare(self, spec: JobSpec) -> BaseModelRef:
@@ -129,8 +132,13 @@ class Intake:
     async def watch_funding(self) -> None:
         """Runs for ever: each job whose escrow is on the chain is started."""
         while True:
+            await self._may_wait.wait()
             await asyncio.sleep(_FUNDING_POLL_S)
+            # Before looking, so that a job which arrives meanwhile is looked for again.
+            self._may_wait.clear()
             waiting = await self._context.database.run(_waiting_for_funds)
+            if waiting:
+                self._may_wait.set()
             for row in waiting:
                 try:
                     await self._check_funding(row)
@@ -142,7 +150,9 @@ class Intake:
     async def _check_funding(self, row: JobRow) -> None:
         job = Signed[Job].model_validate_json(row.record).record
         try:
-            escrow = await self._context.chain.escrow(row.job_id)
+            escrow = await self._context.chain.escrow.job(
+                row.job_id, depth=self._context.config.chain_depth
+            )
         except NotFound:
             if self._context.time.now_ms() > row.created_ms + _FUNDING_PATIENCE_MS:
                 await self._fail(row.job_id, "its escrow was never opened")

@@ -54,7 +54,7 @@ class JobRun:
         self._journal = journal
         self._auctioneer = auctioneer
         self.learner = learner
-        self.job_id = learner.job.job_id()
+        self.job_id = learner.job_id
         self._halted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._planner = Planner(context, journal, learner, self.halt)
         self._market = Recall(context, auctioneer, learner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 
@@ -71,6 +72,11 @@ class Jobs:
     def learner(self, job_id: str) -> Learner:
         """The policy of a running job, for the verifier."""
         return self._running[job_id].learner
+
+    def policy_version(self, job_id: str) -> int:
+        """The newest published version of a running job; 0 before the first."""
+        policy = self._running[job_id].policy
+        return 0 if policy is None else policy.version
 
     def open_jobs(self) -> list[OpenJob]:
         """The jobs that accept bids."""
@@ -220,7 +226,13 @@ class Jobs:
                 code="model_changed",
             )
         base_blob = self._context.blobs.put_bytes(base.encode(), pin=True)
-        return Learner(job, base, base_blob, folder, self.run_dir(job.job_id()))
+        learner = Learner(job, base, base_blob, folder, self.run_dir(job.job_id()))
+        if not gc.get_freeze_count():
+            # All libraries are loaded now, and stay: half a million objects, which the
+            # collector would go through again and again for as long as an update takes.
+            gc.collect()
+            gc.freeze()
+        return learner
 
     def _pinned_blob(self, path: Path) -> BlobRef:
         """The file as a blob; pins do not outlive a process, and blobs may be dropped."""
@@ -253,8 +265,7 @@ class Jobs:
     async def _close_escrow(self, job_id: str) -> None:
         while True:
             try:
-                if not (await self._context.chain.escrow(job_id)).closed:
-                    await self._context.chain.close_job(job_id)
+                await self._settler.close(job_id)
             except Unavailable as error:
                 _log.warning("closing_waits", extra={"job_id": job_id, "reason": str(error)})
                 await asyncio.sleep(_CHAIN_RETRY_S)

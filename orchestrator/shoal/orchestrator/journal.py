@@ -14,6 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shoal.orchestrator.context import Context
+from shoal.orchestrator.store.rows import insert_rows
 from shoal.orchestrator.store.tables import EventRow, JobRow, StatementRow
 from shoal.protocol.canonical import sha256_hex
 from shoal.provenance.dsse import Envelope
@@ -65,11 +66,11 @@ class Journal:
             also(session)
             # The event may refer to a row written just now, and only a flush orders the two.
             session.flush()
-            session.add(row)
+            insert_rows(session, row)
 
         await self._context.database.run(write)
         _log.info(type_, extra={"job_id": job_id, "data": dict(data)})
-        self._wake(job_id)
+        self.wake(job_id)
 
     async def events(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
         """The job's events with a sequence number above ``after``, oldest first."""
@@ -92,7 +93,8 @@ class Journal:
         """Set as soon as anything more happens to the job; ask before reading what did."""
         return self._changed[job_id]
 
-    def _wake(self, job_id: str) -> None:
+    def wake(self, job_id: str) -> None:
+        """Whoever follows the job looks for new events."""
         self._changed.pop(job_id, asyncio.Event()).set()
 
     async def adopt(self, job_id: str) -> None:

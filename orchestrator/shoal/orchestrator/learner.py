@@ -48,6 +48,7 @@ class Learner:
         self, job: Job, base: BaseModelRef, base_blob: BlobRef, folder: Path, run_dir: Path
     ) -> None:
         self.job = job
+        self.job_id = job.job_id()
         self.spec: JobSpec = job.spec
         self.base = base
         self.base_blob = base_blob
@@ -75,13 +76,13 @@ class Learner:
         checkpoint = newest_checkpoint(
             self._checkpoints,
             version,
-            job_id=self.job.job_id(),
+            job_id=self.job_id,
             base_sha256=self._base_sha256,
         )
         if checkpoint is None:
             if version:
                 raise InvalidRequest(
-                    f"{self._checkpoints} holds no whole checkpoint of job {self.job.job_id()}, "
+                    f"{self._checkpoints} holds no whole checkpoint of job {self.job_id}, "
                     f"which was at policy version {version}; put the folder back.",
                     code="no_checkpoint",
                 )
@@ -106,7 +107,7 @@ class Learner:
                 code="policy_too_large",
             )
         return PolicyVersion(
-            job_id=self.job.job_id(),
+            job_id=self.job_id,
             version=number,
             base_sha256=self._base_sha256,
             adapter=blobs.put_bytes(adapter, pin=True),
@@ -129,7 +130,7 @@ class Learner:
         """
         return save_checkpoint(
             self._checkpoints,
-            self.job.job_id(),
+            self.job_id,
             version,
             base_sha256=self._base_sha256,
             adapter=self.policy.adapter_bytes(),
@@ -159,7 +160,5 @@ class Learner:
 
     def best(self, blobs: BlobStore) -> PolicyVersion | None:
         """The version that did best, its adapter pinned; None before the first evaluation."""
-        found = load_best(
-            self._checkpoints, job_id=self.job.job_id(), base_sha256=self._base_sha256
-        )
+        found = load_best(self._checkpoints, job_id=self.job_id, base_sha256=self._base_sha256)
         return None if found is None else self._version(found[0].version, found[1], blobs)

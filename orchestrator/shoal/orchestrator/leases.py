@@ -7,13 +7,15 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from shoal.market.lease import LeaseRecord
+from shoal.market.reputation import Outcome
+from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.roster import Member
+from shoal.orchestrator.store.rows import update_row
 from shoal.orchestrator.store.tables import LeaseRow
-from shoal.orchestrator.workload import Parcel, Workload
+from shoal.orchestrator.workload import Workload
 from shoal.protocol.ids import LeaseId
 from shoal.protocol.market import Lease, TaskKind
 from shoal.protocol.node import ResultMessage
@@ -27,6 +29,7 @@ _MAX_REMEMBERED = 10_000
 class LiveLease:
     """A lease that has not ended, with what is needed to judge or re-lease it.
 
+    ``backing_micros`` of its account's stake answer for it until its verdict.
     ``expected_ms`` is what its units usually take, and ``backlog_ms`` the same for what its
     node held before it.  ``upload_sha256`` is the one payload its token may store, absent
     before the first upload.  ``rival`` is the live lease of another node for the same parcel.
@@ -40,6 +43,7 @@ class LiveLease:
     upload_token: str
     max_result_bytes: int
     expected_ms: int = 0
+    backing_micros: int = 0
     backlog_ms: int = 0
     upload_sha256: str | None = None
     rival: LiveLease | None = None
@@ -72,6 +76,7 @@ class LeaseTable:
         self._open_of: defaultdict[str, dict[LeaseId, LiveLease]] = defaultdict(dict)
         self._by_token: dict[bytes, LiveLease] = {}
         self._held: Counter[tuple[str, TaskKind]] = Counter()
+        self._backed: Counter[str] = Counter()
         self._ended: OrderedDict[str, LeaseRecord] = OrderedDict()
 
     def __iter__(self) -> Iterator[LiveLease]:
@@ -85,6 +90,7 @@ class LeaseTable:
         self._by_token[_token_key(live.upload_token)] = live
         self._open_of[live.lease.node][lease_id] = live
         self._held[live.lease.node, live.lease.kind] += live.lease.num_units
+        self._backed[live.lease.account.lower()] += live.backing_micros
 
     def change(self, live: LiveLease, record: LeaseRecord) -> None:
         """The lease stands as ``record`` says; once closed its units are in flight no more."""
@@ -98,6 +104,10 @@ class LeaseTable:
         if self._live.pop(lease_id, None) is None:
             return False
         self._close(live)
+        account = live.lease.account.lower()
+        self._backed[account] -= live.backing_micros
+        if not self._backed[account]:
+            del self._backed[account]
         of_job = self._by_job[live.lease.job_id]
         of_job.pop(lease_id, None)
         if not of_job:
@@ -144,6 +154,10 @@ class LeaseTable:
         """How many leases the node holds without a result yet."""
         return len(self._open_of[node]) if node in self._open_of else 0
 
+    def backed_micros(self, account: str) -> int:
+        """How much of the account's stake answers for leases without a verdict."""
+        return self._backed[account.lower()]
+
     @property
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind; a submitted result no longer counts."""
@@ -176,20 +190,23 @@ def lease_row(live: LiveLease) -> LeaseRow:
 
 
 def store_record(
-    session: Session, record: LeaseRecord, message: ResultMessage | None = None
+    session: Session,
+    record: LeaseRecord,
+    message: ResultMessage | None = None,
+    outcome: Outcome | None = None,
 ) -> None:
-    """The lease's row says what ``record`` says, and holds the result if one came."""
+    """The lease's row says what ``record`` says, and what followed from it if anything did."""
     values: dict[str, object] = {
         "state": record.state.value,
         "reason": record.reason or "",
         "ended_ms": record.ended_at_ms,
     }
+    if outcome is not None:
+        values["outcome"] = outcome.encode().decode()
     if message is not None:
         values["result"] = message.result.encode().decode()
         values["receipt"] = message.receipt.encode().decode()
-    session.execute(
-        update(LeaseRow).where(LeaseRow.lease_id == record.lease.lease_id).values(**values)
-    )
+    update_row(session, LeaseRow, record.lease.lease_id, values)
 
 
 def _token_key(token: str) -> bytes:

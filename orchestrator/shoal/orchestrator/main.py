@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import uvicorn
 from fastapi import FastAPI
 
+from shoal.contracts.delivery import Policy
 from shoal.contracts.deployment import load_deployment
 from shoal.contracts.gateway import ChainGateway
 from shoal.models.libraries import load_libraries
@@ -28,19 +29,23 @@ from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.config import OrchestratorConfig
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.effects import effect_kinds
 from shoal.orchestrator.frontdesk import FrontDesk
 from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.outbox import Outbox
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.database import Database
+from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.verifier import Verifier
 from shoal.orchestrator.views import Views
 from shoal.protocol.clock import SystemTime
-from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.errors import InvalidRequest, Unavailable
 from shoal.protocol.keystore import load_account
 from shoal.protocol.node import BoundNode, NodeBinding
 from shoal.protocol.signing import Domain, sign
@@ -48,6 +53,7 @@ from shoal.protocol.signing import Domain, sign
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_STAKES_S = 60.0
 READY_LINE = "shoal-orchestrator-ready"
 
 
@@ -58,10 +64,21 @@ class Orchestrator:
         self.context = context
         self.journal = Journal(context)
         self.roster = Roster(context, api_url, blob_url)
-        self.settler = Settler(context, self.journal)
-        self.setbacks = Setbacks(context, self.journal, self.roster)
-        self.dispatcher = Dispatcher(context, self.roster, self.settler, self.setbacks)
-        self.auctioneer = Auctioneer(context, self.roster, self.dispatcher, self.setbacks)
+        self.outbox = Outbox(
+            context.database,
+            context.chain.sender.transactions,
+            effect_kinds(context.chain.escrow, context.time),
+            context.time,
+            Policy(depth=context.config.chain_depth),
+        )
+        self.settler = Settler(context, self.journal, self.outbox)
+        self.record = TrackRecord(context, self.roster)
+        self.setbacks = Setbacks(context, self.journal, self.roster, self.record)
+        self.dispatcher = Dispatcher(context, self.roster, self.settler, self.setbacks, self.record)
+        self.sealer = Sealer(context, self.roster, self.record.backing_of)
+        self.auctioneer = Auctioneer(
+            context, self.roster, self.dispatcher, self.setbacks, self.sealer, self.record
+        )
         self.publisher = Publisher(context, self.journal, _own_binding(context))
         self.jobs = Jobs(
             context,
@@ -72,11 +89,11 @@ class Orchestrator:
             self.publisher,
         )
         self.verifier = Verifier(
-            context, self.journal, self.settler, self.dispatcher, self.auctioneer, self.jobs
+            context, self.journal, self.settler, self.dispatcher, self.record, self.jobs
         )
         self.intake = Intake(context, self.journal, self.jobs.start)
         self.front_desk = FrontDesk(
-            self.roster, self.auctioneer, self.dispatcher, self.jobs.open_jobs
+            self.roster, self.auctioneer, self.sealer, self.dispatcher, self.jobs.open_jobs
         )
         views = Views(context, self.jobs, self.roster, self.auctioneer)
         self.api = Api(
@@ -92,15 +109,20 @@ class Orchestrator:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Everything runs until ``stop`` is set or a part breaks."""
+        await self.record.restore()
+        await self.sealer.restore()
         await self.jobs.resume()
         loops = [
             asyncio.create_task(work, name=name)
             for name, work in {
+                "sealer": self.sealer.run(),
                 "auctioneer": self.auctioneer.run(),
                 "verifier": self.verifier.run(),
+                "outbox": self.outbox.run(),
                 "funding": self.intake.watch_funding(),
                 "clocks": self._tick(),
                 "settlement": self._settle(),
+                "stakes": self._watch_stakes(),
                 "stop": stop.wait(),
             }.items()
         ]
@@ -121,6 +143,15 @@ class Orchestrator:
             await self.dispatcher.reap()
             # Capacity also returns by the clock alone: suspensions end, bids lapse.
             self.auctioneer.poke()
+
+    async def _watch_stakes(self) -> None:
+        while True:
+            await asyncio.sleep(_STAKES_S)
+            self.record.forget_old()
+            try:
+                await self.roster.refresh_stakes()
+            except Unavailable as error:
+                _log.warning("stakes_not_read", extra={"reason": error.message})
 
     async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:
         """Passes if ``token`` is a lease's, or of a request for evidence, and these its bytes.
@@ -215,6 +246,8 @@ async def serve(
         orchestrator = Orchestrator(
             context, api_url, lambda: _advertised(blob_server, config.public_host)
         )
+        # Before anything is served: what was under way when the last process ended.
+        await orchestrator.outbox.open()
         blob_server = BlobServer(
             context.blobs,
             host=config.blob_host,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
+from shoal.market.freshness import linear_freshness
+from shoal.market.reserve import reserve_for
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
-from shoal.orchestrator.workload import Delivery, Parcel, Workload, parcels_of
+from shoal.orchestrator.placement import Parcel
+from shoal.orchestrator.workload import Delivery, Workload, parcels_of
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import new_id
@@ -43,7 +46,7 @@ class Planner:
         self._journal = journal
         self._learner = learner
         self._halt = halt
-        self.job_id = learner.job.job_id()
+        self.job_id = learner.job_id
         self._environments_sha256 = digest_of(
             [environment.digest() for environment in learner.environments]
         )
@@ -145,11 +148,15 @@ class Planner:
         max_result_bytes: Callable[[int], int],
     ) -> Workload:
         spec = self._learner.spec
-        reserve = {
-            TaskKind.ROLLOUT: spec.budget.max_rollout_micros,
-            TaskKind.GRADIENT: spec.budget.max_gradient_micros,
-            TaskKind.EVALUATE: spec.budget.max_evaluate_micros,
-        }[kind]
+        reserve = reserve_for(
+            {
+                TaskKind.ROLLOUT: spec.budget.max_rollout_micros,
+                TaskKind.GRADIENT: spec.budget.max_gradient_micros,
+                TaskKind.EVALUATE: spec.budget.max_evaluate_micros,
+            }[kind]
+        )
+        # Only rollouts age: the others are made for the newest version.
+        staleness = spec.max_staleness if kind is TaskKind.ROLLOUT else 0
         lot = Lot(
             lot_id=new_id("lot"),
             job_id=self.job_id,
@@ -161,11 +168,12 @@ class Planner:
                 token_bucket=spec.sampling.max_tokens,
             ),
             num_units=sum(len(parcel) for parcel in parcels),
-            reserve_micros=reserve,
+            reserve_micros=reserve.reserve_micros,
+            freshness_permille=linear_freshness(staleness, spec.budget.stale_pay_permille),
         )
         return Workload(
             lot=lot,
-            max_reserve_micros=reserve,
+            reserve=reserve,
             build_task=build,
             deliver=deliver,
             abandon=self._halt,
@@ -173,4 +181,5 @@ class Planner:
             verify=spec.verify,
             waiting=parcels,
             requester=self._learner.job.requester,
+            delay_micros_per_s=spec.budget.delay_micros_per_s,
         )

@@ -19,7 +19,7 @@ from shoal.orchestrator.store.tables import EpochRow, EventRow, JobRow, NodeRow,
 from shoal.protocol.errors import InvariantBroken, NotFound, Unavailable
 from shoal.protocol.job import Job, JobState, Release
 from shoal.protocol.market import Payout
-from shoal.protocol.node import BoundNode, ContractAddresses
+from shoal.protocol.node import BoundNode
 from shoal.protocol.policy import BaseModelRef, ModelFile, PolicyVersion
 from shoal.protocol.signing import Signed
 from shoal.provenance.bundle import (
@@ -209,15 +209,9 @@ class Publisher:
         head = replay_head(anchors) if anchors else EMPTY_HEAD
         folder = self._folder(job_id)
         files = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
-        deployment = self._context.deployment
         return Bundle(
             domain=self._context.domain,
-            contracts=ContractAddresses(
-                token=deployment.token,
-                stake_vault=deployment.stake_vault,
-                job_escrow=deployment.job_escrow,
-                provenance_log=deployment.provenance_log,
-            ),
+            contracts=self._context.deployment.contracts(),
             orchestrator=self._context.account.address,
             job_id=job_id,
             job=Signed[Job].model_validate_json(row.record),

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from shoal.market.lease import LeaseState
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.learner import Learner
+from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.store.tables import LeaseRow
-from shoal.orchestrator.workload import Delivery, Market, Parcel, Workload
+from shoal.orchestrator.workload import Delivery, Market, Workload
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.market import Lease

@@ -15,7 +15,6 @@ from shoal.protocol.ids import LeaseId, PeerId
 from shoal.protocol.money import format_dollars
 from shoal.protocol.node import (
     PROTOCOL_VERSION,
-    ContractAddresses,
     HelloReply,
     HelloRequest,
     JoinRequest,
@@ -29,6 +28,7 @@ from shoal.protocol.version import SOFTWARE_VERSION
 class Member:
     """One joined node.
 
+    ``stake_micros`` is its account's active stake as last read from the chain.
     ``undelivered`` verdicts are resent until acknowledged; ``failures`` counts the leases it
     did not fulfil, by cause.  One that is ``leaving`` gave a lease back because it stops: it is
     leased nothing more until it joins again.
@@ -38,6 +38,7 @@ class Member:
     account: str
     name: str
     device: str
+    stake_micros: int = 0
     connected: bool = True
     leaving: bool = False
     last_seen_ms: int
@@ -74,17 +75,11 @@ class Roster:
                 f"{request.software_version}); install the matching release of Shoal.",
                 code="stale_version",
             )
-        deployment = self._context.deployment
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
             domain=self._context.domain,
-            contracts=ContractAddresses(
-                token=deployment.token,
-                stake_vault=deployment.stake_vault,
-                job_escrow=deployment.job_escrow,
-                provenance_log=deployment.provenance_log,
-            ),
+            contracts=self._context.deployment.contracts(),
             orchestrator=self._context.account.address,
             min_stake_micros=self._context.config.min_stake_micros,
             rpc_urls=(self._context.config.rpc_url,),
@@ -101,7 +96,7 @@ class Roster:
         """
         binding = request.bound_node.binding.record
         self._check_signatures(peer, request)
-        await self._check_chain(binding.account, bytes.fromhex(binding.node_key[2:]))
+        stake_micros = await self._check_chain(binding.account, bytes.fromhex(binding.node_key[2:]))
         now_ms = self._context.time.now_ms()
         row = NodeRow(
             node=peer,
@@ -118,13 +113,14 @@ class Roster:
         if known is not None:
             known.connected, known.last_seen_ms = connected, now_ms
             known.name, known.device = request.name, request.device
-            known.leaving = False
+            known.stake_micros, known.leaving = stake_micros, False
             return known
         member = Member(
             node=peer,
             account=binding.account,
             name=request.name,
             device=request.device,
+            stake_micros=stake_micros,
             connected=connected,
             last_seen_ms=now_ms,
         )
@@ -148,15 +144,15 @@ class Roster:
                 code="wrong_node",
             )
 
-    async def _check_chain(self, account: str, node_key: bytes) -> None:
-        owner = await self._context.chain.node_owner(node_key)
+    async def _check_chain(self, account: str, node_key: bytes) -> int:
+        owner = await self._context.chain.vault.node_owner(node_key)
         if owner is None or owner.lower() != account.lower():
             raise Unauthorised(
                 f"The stake vault on chain {self._context.domain.chain_id} does not bind this "
                 f"node to account {account}; call bindNode from that account first.",
                 code="unbound_node",
             )
-        stake = await self._context.chain.stake_of(account)
+        stake = await self._context.chain.vault.stake_of(account)
         minimum = self._context.config.min_stake_micros
         if stake.active_micros < minimum:
             raise Unauthorised(
@@ -164,6 +160,19 @@ class Roster:
                 f"${format_dollars(minimum)} is needed; stake the difference and join again.",
                 code="no_stake",
             )
+        return stake.active_micros
+
+    async def refresh_stakes(self) -> None:
+        """Each connected member's stake is as the chain has it now.
+
+        Raises:
+            Unavailable: the chain does not answer; what was known before still counts.
+        """
+        for account in {member.account for member in self.members() if member.connected}:
+            stake = await self._context.chain.vault.stake_of(account)
+            for member in self.members():
+                if member.account == account:
+                    member.stake_micros = stake.active_micros
 
     def member(self, peer: PeerId) -> Member:
         """The joined node behind ``peer``.

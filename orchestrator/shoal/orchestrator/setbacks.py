@@ -14,8 +14,9 @@ from shoal.market.pause import Pauses
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.leases import LiveLease
+from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.roster import Roster
-from shoal.orchestrator.workload import Parcel
+from shoal.orchestrator.track_record import TrackRecord
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.node import FailureCause
 
@@ -31,40 +32,23 @@ _WORDS = {
 }
 """What may be the job's own fault, in words."""
 
-_OF_THE_NODE = frozenset(
-    {
-        FailureCause.OUT_OF_MEMORY,
-        FailureCause.NOT_FETCHED,
-        FailureCause.WRONG_BASE,
-        FailureCause.TOO_SLOW,
-        FailureCause.NODE,
-    }
-)
-"""What may be the node's own fault: it is paused, since the next lease would fail alike."""
-
 
 class Setbacks:
     """Counts failures and says who is left out for them."""
 
-    def __init__(self, context: Context, journal: Journal, roster: Roster) -> None:
+    def __init__(
+        self, context: Context, journal: Journal, roster: Roster, record: TrackRecord
+    ) -> None:
         self._context = context
         self._journal = journal
         self._roster = roster
-        self._nodes = Pauses()
+        self._record = record
         self._of_lots: defaultdict[str, Pauses] = defaultdict(lambda: Pauses(free_strikes=1))
         self._impossible: dict[tuple[str, Parcel, FailureCause], set[str]] = {}
 
-    def strike(self, node: str) -> None:
-        """The node refused, was silent or was rejected: it is left out for a while."""
-        self._nodes.strike(node, now_ms=self._context.time.now_ms())
-
-    def pardon(self, node: str) -> None:
-        """A result of the node was accepted."""
-        self._nodes.pardon(node)
-
     def is_paused(self, node: str) -> bool:
-        """Whether the node is left out of all auctions now."""
-        return self._nodes.is_paused(node, now_ms=self._context.time.now_ms())
+        """Whether the node is left out of all work now."""
+        return self._record.is_out(node)
 
     def may_work(self, node: str, account: str, lot_id: str) -> bool:
         """Whether the node may be leased units of this lot now."""
@@ -78,9 +62,6 @@ class Setbacks:
         """Counts the failed lease against whom it speaks; what ends the job, if that is enough."""
         lease, cause = live.lease, record.cause
         account = lease.account.lower()
-        # A rejected result is the verifier's to blame, who knows whether it could be judged.
-        if record.state is LeaseState.EXPIRED or cause in _OF_THE_NODE:
-            self.strike(lease.node)
         member = self._roster.find(lease.node)
         if member is not None:
             member.failures[cause.value if cause is not None else record.state.value] += 1

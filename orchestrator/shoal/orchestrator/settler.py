@@ -1,8 +1,7 @@
 """Settlement: what was accepted in an epoch goes to the chain with what was stated in it.
 
 An epoch's payout root and provenance root travel in one transaction.  The row with both
-roots is committed before anything is sent, so a crash in between repeats the same
-transaction, and the escrow's own epoch number makes the repeat harmless.
+roots is committed together with the outbox's order to post them.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from shoal.contracts.records import Claim, EpochPost
 from shoal.market.lease import LeaseState
 from shoal.market.settlement import Ledger, PayEntry, PayoutSet
 from shoal.orchestrator.context import Context
+from shoal.orchestrator.effects import closing_key, enqueue_closing, enqueue_epoch, epoch_key
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.outbox import Outbox
 from shoal.orchestrator.store.tables import EpochRow, JobRow, LeaseRow, StatementRow
-from shoal.protocol.errors import ChainRejected, InvariantBroken, NotFound, Unavailable
+from shoal.protocol.errors import ChainRejected, NotFound, Unavailable
 from shoal.provenance.log import EpochLog
 from shoal.provenance.statement import StatementKind
 
@@ -42,9 +43,10 @@ class PayoutProof:
 class Settler:
     """Closes epochs and posts their roots."""
 
-    def __init__(self, context: Context, journal: Journal) -> None:
+    def __init__(self, context: Context, journal: Journal, outbox: Outbox) -> None:
         self._context = context
         self._journal = journal
+        self._outbox = outbox
         self._ledgers: dict[str, Ledger] = {}
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -80,8 +82,6 @@ class Settler:
             epoch = self._journal.turn_epoch(job_id)
             payouts = self._ledgers[job_id].payouts(epoch)
             await self._context.database.run(lambda session: self._close(session, payouts))
-            # The chain must never know an epoch that a power cut took from the database.
-            await self._context.database.make_durable()
             await self._post_unposted(job_id)
             return True
 
@@ -102,18 +102,17 @@ class Settler:
                 .select_from(LeaseRow)
                 .where(LeaseRow.job_id == job.job_id, LeaseRow.settlement_epoch == epoch)
             )
-            session.add(
-                EpochRow(
-                    job_id=job.job_id,
-                    epoch=epoch,
-                    pay_root="0x" + owed.root(self._context.domain).hex(),
-                    prov_root="0x" + epoch_log(job.job_id, epoch, statements).root.hex(),
-                    payouts=owed.encode().decode(),
-                    cumulative_micros=owed.total_micros,
-                    num_tasks=num_tasks or 0,
-                    num_statements=len(statements),
-                )
+            post = EpochPost(
+                job_id=job.job_id,
+                epoch=epoch,
+                pay_root="0x" + owed.root(self._context.domain).hex(),
+                prov_root="0x" + epoch_log(job.job_id, epoch, statements).root.hex(),
+                cumulative_micros=owed.total_micros,
+                num_tasks=num_tasks or 0,
+                num_statements=len(statements),
             )
+            session.add(EpochRow(**post.model_dump(), payouts=owed.encode().decode()))
+            enqueue_epoch(session, self._context.account.address, post)
         job.epoch = payouts.epoch + 1
 
     async def _post_unposted(self, job_id: str) -> None:
@@ -128,66 +127,27 @@ class Settler:
             await self._post(row)
 
     async def _post(self, row: EpochRow) -> None:
-        onchain = await self._context.chain.escrow(row.job_id)
-        if onchain.epoch >= row.epoch:
-            await self._recover(row)
-            return
-        if onchain.ready_at_s and onchain.ready_at_s > await self._context.chain.now_s():
+        onchain = await self._context.chain.escrow.job(row.job_id)
+        waits = onchain.epoch < row.epoch and onchain.ready_at_s > 0
+        if waits and onchain.ready_at_s > await self._context.chain.now_s():
             raise Unavailable(
                 f"The last epoch of job {row.job_id} may still be challenged; the next one is "
                 "posted afterwards.",
                 code="challenge_window",
             )
-        mined = await self._context.chain.post_epoch(
-            EpochPost(
-                job_id=row.job_id,
-                epoch=row.epoch,
-                pay_root=row.pay_root,
-                prov_root=row.prov_root,
-                cumulative_micros=row.cumulative_micros,
-                num_tasks=row.num_tasks,
-                num_statements=row.num_statements,
-            )
-        )
-        await self._mark(row, mined.tx_hash, mined.block_number, mined.gas_used)
+        await self._outbox.deliver(epoch_key(row.job_id, row.epoch))
+        self._journal.wake(row.job_id)
 
-    async def _recover(self, row: EpochRow) -> None:
-        """The transaction was mined but its receipt never reached our database."""
-        found = [p for p in await self._context.chain.epochs(row.job_id) if p.epoch == row.epoch]
-        if not found:
-            raise Unavailable(
-                f"The chain counts epoch {row.epoch} of job {row.job_id} and shows no log of it "
-                "yet; it is looked up again.",
-                code="epoch_log_missing",
-            )
-        posted = found[0]
-        if (posted.pay_root, posted.prov_root) != (row.pay_root, row.prov_root):
-            raise InvariantBroken(
-                f"Epoch {row.epoch} of job {row.job_id} is on the chain with other roots than "
-                "the database holds; another process posts with this account's key."
-            )
-        await self._mark(row, posted.tx_hash, posted.block_number, None)
+    async def close(self, job_id: str) -> None:
+        """The job's escrow is closed: what no epoch committed is its requester's again.
 
-    async def _mark(
-        self, row: EpochRow, tx_hash: str, block_number: int, gas_used: int | None
-    ) -> None:
-        def write(session: Session) -> None:
-            stored = session.get_one(EpochRow, (row.job_id, row.epoch))
-            stored.tx_hash, stored.block_number = tx_hash, block_number
-            stored.gas_used = gas_used
-
-        await self._context.database.run(write)
-        await self._journal.event(
-            row.job_id,
-            "epoch_posted",
-            {
-                "epoch": row.epoch,
-                "cumulative_micros": row.cumulative_micros,
-                "num_tasks": row.num_tasks,
-                "num_statements": row.num_statements,
-                "tx_hash": tx_hash,
-            },
-        )
+        Raises:
+            Unavailable: the chain or the database did not answer; call again.
+            ChainRejected: the escrow refused.
+        """
+        account = self._context.account.address
+        await self._context.database.run(lambda session: enqueue_closing(session, account, job_id))
+        await self._outbox.deliver(closing_key(job_id))
 
     async def payouts(self, job_id: str) -> tuple[int, PayoutSet]:
         """The last posted epoch and what it owes.

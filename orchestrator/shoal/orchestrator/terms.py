@@ -50,6 +50,8 @@ def make_lease(
         lease_id=lease_id,
         lease_epoch=attempt,
         lot_id=lot.lot_id,
+        certificate_sha256=award.certificate_sha256,
+        rung=award.rung,
         job_id=lot.job_id,
         task_id=task.task_id,
         task_sha256=task.digest(),

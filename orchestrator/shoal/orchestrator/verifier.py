@@ -8,13 +8,13 @@ import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from shoal.market.lease import judge
+from shoal.market.freshness import fresh_pay_down
+from shoal.market.lease import LeaseRecord, judge
+from shoal.market.reputation import Outcome
 from shoal.market.settlement import PayEntry
 from shoal.network.identity import public_key_of
-from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.evidence import EvidenceDesk
@@ -23,7 +23,9 @@ from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.leases import LiveLease, Submission, printable
 from shoal.orchestrator.roster import Member
 from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.rows import insert_rows, update_row
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
+from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Delivery
 from shoal.protocol.errors import InvariantBroken, PeerFault, ShoalError
 from shoal.protocol.ids import Digest, LeaseId, PeerId
@@ -74,14 +76,14 @@ class Verifier:
         journal: Journal,
         settler: Settler,
         dispatcher: Dispatcher,
-        auctioneer: Auctioneer,
+        record: TrackRecord,
         jobs: Jobs,
     ) -> None:
         self._context = context
         self._journal = journal
         self._settler = settler
         self._dispatcher = dispatcher
-        self._auctioneer = auctioneer
+        self._record = record
         self._jobs = jobs
         self._draw: Callable[[], float] = secrets.SystemRandom().random
         self.evidence_desk = EvidenceDesk(context)
@@ -166,14 +168,21 @@ class Verifier:
         verdict = self._verdict(live, submission, outcome, audit)
         member.audited += audit
         rows = self._statements(live, envelope if outcome.passed else None, verdict)
-        await self._record(live, verdict, rows)
+        record = judge(
+            live.record,
+            accepted=verdict.accepted,
+            reason="accepted" if verdict.accepted else printable(verdict.reason()),
+            now_ms=self._context.time.now_ms(),
+        )
+        noted = self._record.note(live, record, blameless=not outcome.judged)
+        await self._write_down(live, verdict, rows, noted)
         member.undelivered[LeaseId(live.lease.lease_id)] = sign(
             verdict, self._context.domain, self._context.account
         )
         if verdict.accepted:
-            await self._accept(live, member, submission, outcome, rows[0].payload_sha256)
+            await self._accept(record, member, submission, outcome, rows[0].payload_sha256)
         else:
-            await self._reject(live, member, verdict, blame=outcome.judged)
+            await self._reject(live, record, member, verdict, blame=outcome.judged)
 
     async def _checked(
         self, submission: Submission, audit: bool, evidence: ResidualEvidence
@@ -278,10 +287,18 @@ class Verifier:
             result_sha256=submission.message.result.digest(),
             accepted=accepted,
             num_units=lease.num_units if accepted else 0,
-            pay_micros=lease.num_units * lease.unit_price_micros if accepted else 0,
+            pay_micros=self._pay(live) if accepted else 0,
             audited=audit,
             checks=outcome.checks,
         )
+
+    def _pay(self, live: LiveLease) -> int:
+        """What the units are worth now: less for a policy that has been overtaken."""
+        lease, lot = live.lease, live.workload.lot
+        newest = self._jobs.policy_version(lease.job_id)
+        # Work that an update overtook on its way is paid as the oldest that is issued.
+        lag = min(max(0, newest - live.task.policy.version), len(lot.freshness_permille) - 1)
+        return fresh_pay_down(lot, lease.num_units, lease.unit_price_micros, lag=lag)
 
     def _statements(
         self, live: LiveLease, envelope: Envelope | None, verdict: Verdict
@@ -299,7 +316,9 @@ class Verifier:
         rows.append(self._journal.state(lease.job_id, StatementKind.VERIFICATION, statement))
         return rows
 
-    async def _record(self, live: LiveLease, verdict: Verdict, rows: list[StatementRow]) -> None:
+    async def _write_down(
+        self, live: LiveLease, verdict: Verdict, rows: list[StatementRow], noted: Outcome | None
+    ) -> None:
         lease = live.lease
         values: dict[str, object] = {
             "verdict": verdict.encode().decode(),
@@ -308,6 +327,7 @@ class Verifier:
             "reason": "" if verdict.accepted else printable(verdict.reason()),
             "ended_ms": self._context.time.now_ms(),
             "pay_micros": verdict.pay_micros,
+            "outcome": None if noted is None else noted.encode().decode(),
         }
         if verdict.accepted:
             # Same synchronous step as the statements' epoch: pay and record stay together.
@@ -322,29 +342,24 @@ class Verifier:
             )
 
         def write(session: Session) -> None:
-            session.execute(
-                update(LeaseRow).where(LeaseRow.lease_id == lease.lease_id).values(**values)
-            )
-            session.add_all(rows)
+            update_row(session, LeaseRow, lease.lease_id, values)
+            insert_rows(session, *rows)
 
         await self._context.database.run(write)
 
     async def _accept(
         self,
-        live: LiveLease,
+        record: LeaseRecord,
         member: Member,
         submission: Submission,
         outcome: _Outcome,
         statement_sha256: str,
     ) -> None:
         member.consecutive_valid += 1
-        result = submission.message.result
+        live, result = submission.live, submission.message.result
         # The worker's own word, but never more than the time it held the lease.
         held_ms = max(0, live.record.heard_at_ms - live.lease.issued_at_ms)
         unit_ms = min(result.compute_ms, held_ms) // live.lease.num_units + 1
-        record = judge(
-            live.record, accepted=True, reason="accepted", now_ms=self._context.time.now_ms()
-        )
         self._dispatcher.conclude(live, record, unit_ms=unit_ms)
         if isinstance(outcome.payload, GradientPayload) and outcome.payload.residual is not None:
             self.evidence_desk.retain(self._jobs.running_ids())
@@ -371,18 +386,17 @@ class Verifier:
         await self._dispatcher.call_off_rival(live)
 
     async def _reject(
-        self, live: LiveLease, member: Member, verdict: Verdict, *, blame: bool
+        self,
+        live: LiveLease,
+        record: LeaseRecord,
+        member: Member,
+        verdict: Verdict,
+        *,
+        blame: bool,
     ) -> None:
         if blame:
             member.consecutive_valid = 0
             member.audited = 0
-            self._auctioneer.suspend(live.lease.node)
-        record = judge(
-            live.record,
-            accepted=False,
-            reason=printable(verdict.reason()),
-            now_ms=self._context.time.now_ms(),
-        )
         await self._dispatcher.end(live, record, failed=True)
         await self._journal.event(
             live.lease.job_id,

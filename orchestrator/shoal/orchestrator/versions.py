@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from shoal.network.blob_store import BlobStore
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.store.rows import insert_rows, update_row
 from shoal.orchestrator.store.tables import JobRow, PolicyRow, StatementRow
 from shoal.protocol.errors import InvalidRequest, InvariantBroken
 from shoal.protocol.job import JobSpec
@@ -123,18 +124,17 @@ class VersionRecords:
         """The version, the statement of how it was made and its figures are one transaction."""
 
         def write(session: Session) -> None:
-            session.add(statement)
+            insert_rows(session, statement)
             self._write(session, policy)
 
         await self._journal.event(self._job_id, "update", metrics, also=write)
 
     def _write(self, session: Session, policy: PolicyVersion) -> None:
-        session.add(
-            PolicyRow(
-                job_id=self._job_id,
-                version=policy.version,
-                record=policy.encode().decode(),
-                created_ms=self._context.time.now_ms(),
-            )
+        row = PolicyRow(
+            job_id=self._job_id,
+            version=policy.version,
+            record=policy.encode().decode(),
+            created_ms=self._context.time.now_ms(),
         )
-        session.get_one(JobRow, self._job_id).policy_version = policy.version
+        insert_rows(session, row)
+        update_row(session, JobRow, self._job_id, {"policy_version": policy.version})

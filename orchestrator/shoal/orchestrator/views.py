@@ -25,6 +25,8 @@ _COUNTED = ("accepted", "rejected", "expired", "refused", "failed", "revoked")
 
 
 _CHAIN_AGE_MS = 2_000
+_RECENT_UPDATES = 20
+"""What is left is foretold from these; a follower asks twice a second, so not from all."""
 _MAX_CHAIN_READS = 10_000
 
 _T = TypeVar("_T")
@@ -75,7 +77,7 @@ class Views:
         epochs = session.scalars(
             select(EpochRow).where(EpochRow.job_id == job_id).order_by(EpochRow.epoch)
         ).all()
-        updates = _events(session, job_id, "update")
+        updates = _events(session, job_id, "update", newest=_RECENT_UPDATES)
         view |= {
             "tasks": tasks,
             "workers": workers,
@@ -107,7 +109,9 @@ class Views:
         tasks = {kind.value: 0 for kind in TaskKind}
         workers: dict[str, dict[str, Any]] = {}
         for node, kind, state, num_leases, num_units, pay in counts:
-            worker = workers.setdefault(node, self._worker(session, node))
+            if node not in workers:
+                workers[node] = self._worker(session, node)
+            worker = workers[node]
             tally = worker["tasks"].setdefault(kind, {"leased": 0, **dict.fromkeys(_COUNTED, 0)})
             tally["leased"] += num_leases
             if state in _COUNTED:
@@ -156,7 +160,7 @@ class Views:
     async def _escrow(self, job_id: str) -> dict[str, Any] | None:
         try:
             escrow = await self._recent(
-                f"escrow {job_id}", lambda: self._context.chain.escrow(job_id)
+                f"escrow {job_id}", lambda: self._context.chain.escrow.job(job_id)
             )
         except ShoalError:
             # A job whose escrow is not open yet has none to show.
@@ -171,7 +175,8 @@ class Views:
 
     async def _claimed(self, job_id: str, account: str) -> int:
         return await self._recent(
-            f"claimed {job_id} {account}", lambda: self._context.chain.claimed(job_id, account)
+            f"claimed {job_id} {account}",
+            lambda: self._context.chain.escrow.claimed(job_id, account),
         )
 
     async def _recent(self, key: str, read: Callable[[], Awaitable[_T]]) -> _T:
@@ -205,13 +210,17 @@ def _summary(row: JobRow) -> dict[str, Any]:
     }
 
 
-def _events(session: Session, job_id: str, type_: str) -> list[dict[str, Any]]:
+def _events(
+    session: Session, job_id: str, type_: str, *, newest: int | None = None
+) -> list[dict[str, Any]]:
+    """The job's events of the type, or the ``newest`` so many of them, the oldest first."""
     rows = session.scalars(
-        select(EventRow)
+        select(EventRow.data)
         .where(EventRow.job_id == job_id, EventRow.type == type_)
-        .order_by(EventRow.seq)
-    )
-    return [json.loads(row.data) for row in rows]
+        .order_by(EventRow.seq.desc())
+        .limit(newest)
+    ).all()
+    return [json.loads(row) for row in reversed(rows)]
 
 
 def _wrong_now(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -228,7 +237,7 @@ def _failures(session: Session, job_id: str) -> dict[str, int]:
 def _eta_s(row: JobRow, max_steps: int, updates: Sequence[dict[str, Any]]) -> float | None:
     if row.state != JobState.RUNNING.value or not updates:
         return None
-    recent = [float(update["step_time"]) for update in updates[-20:]]
+    recent = [float(update["step_time"]) for update in updates]
     return (max_steps - row.policy_version) * sum(recent) / len(recent)
 
 

@@ -7,6 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from shoal.market.ladder import is_tail
+from shoal.orchestrator.placement import Parcel, Placement
+from shoal.protocol.certificate import ReserveTerms
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.job import VerifySpec
 from shoal.protocol.market import Lease, Lot, TaskKind
@@ -15,9 +18,6 @@ from shoal.protocol.signing import Signed
 from shoal.protocol.task import Task
 
 _URGENCY = {TaskKind.GRADIENT: 0, TaskKind.EVALUATE: 1, TaskKind.ROLLOUT: 2}
-
-Parcel = tuple[int, ...]
-"""Units of a workload that always make one task together, whoever does it."""
 
 
 def parcels_of(units: Sequence[int], parcel_units: int) -> list[Parcel]:
@@ -46,10 +46,12 @@ class Workload:
     ``build_task`` makes the task of a parcel; ``deliver`` takes accepted work; ``abandon`` is
     told when a parcel has failed too often to go on.  Nothing of a ``closed`` workload is
     handed out any more.  A parcel is delivered once, however many leases it had.
+
+    ``placement`` is the lot's present clearing, absent before the first.
     """
 
     lot: Lot
-    max_reserve_micros: int
+    reserve: ReserveTerms
     build_task: Callable[[Parcel], Awaitable[Task]]
     deliver: Callable[[Delivery], Awaitable[None]]
     abandon: Callable[[ShoalError], None]
@@ -57,8 +59,9 @@ class Workload:
     verify: VerifySpec
     waiting: list[Parcel]
     requester: str = ""
+    delay_micros_per_s: int = 0
+    placement: Placement | None = None
     attempts: Counter[int] = field(default_factory=Counter)
-    failures: int = 0
     undelivered: set[Parcel] = field(default_factory=set)
     closed: bool = False
 
@@ -74,9 +77,15 @@ class Workload:
         """Sorts workloads: what the learner waits for goes first, then older epochs."""
         return _URGENCY[self.kind], self.lot.epoch
 
-    def sizes(self, at_most: int | None = None) -> list[int]:
-        """The units of each waiting parcel, or of the first ``at_most``."""
-        return [len(parcel) for parcel in self.waiting[:at_most]]
+    def sizes(self) -> list[int]:
+        """The units of each waiting parcel."""
+        return [len(parcel) for parcel in self.waiting]
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether nothing waits and so little is under way that it is done twice."""
+        under_way = sum(map(len, self.undelivered))
+        return not self.waiting and is_tail(under_way, self.lot.num_units)
 
     async def accept(self, delivery: Delivery) -> None:
         """Hands accepted work to whoever wanted it, the first time it comes."""
@@ -85,10 +94,6 @@ class Workload:
             self.waiting = [parcel for parcel in self.waiting if parcel != delivery.units]
             await self.deliver(delivery)
 
-    def next_parcel(self, max_units: int) -> Parcel | None:
-        """The first waiting parcel of at most ``max_units``; it goes on waiting."""
-        return next((parcel for parcel in self.waiting if len(parcel) <= max_units), None)
-
     def take(self, parcel: Parcel) -> None:
         """Removes ``parcel`` from those waiting."""
         self.waiting.remove(parcel)
@@ -96,9 +101,7 @@ class Workload:
 
     def give_back(self, parcel: Parcel, *, failed: bool) -> None:
         """Returns a parcel nobody delivered; a refusal is no failure of its units."""
-        if failed:
-            self.failures += 1
-        else:
+        if not failed:
             self.attempts.subtract(parcel)
         if parcel in self.undelivered:
             self.waiting = sorted({*self.waiting, parcel})

@@ -13,6 +13,7 @@ Axes: ``n`` value, ``m`` chunk, ``c`` place in a chunk, ``k`` kept place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def unflatten(
 
 def num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Values in all arrays together."""
-    return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def layout(spec: CodecSpec, size: int) -> Layout:

@@ -6,7 +6,10 @@ prompts nor be given hard ones, and anyone can re-derive what had to be asked.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -33,9 +36,8 @@ def draw_prompts(
         environments: The job's environments, whose weights share out the prompts.
         sizes: The number of training prompts of each environment.
     """
-    return tuple(
-        _draw_prompt(job_id, batch, slot, environments, sizes) for slot in range(num_slots)
-    )
+    bounds = _bounds(environments)
+    return tuple(_draw_prompt(job_id, batch, slot, bounds, sizes) for slot in range(num_slots))
 
 
 def eval_prompts(
@@ -82,17 +84,21 @@ def eval_seed(job_id: str) -> int:
     return _hash("eval seed", job_id, 0, 0)[0] >> 11
 
 
-def _draw_prompt(
-    job_id: str, batch: int, slot: int, environments: Sequence[EnvSpec], sizes: Sequence[int]
-) -> PromptRef:
-    """One prompt; weights are compared as exact fractions, so every machine agrees."""
-    which, low, high, _ = _hash("prompt", job_id, batch, slot)
+def _bounds(environments: Sequence[EnvSpec]) -> list[int]:
+    """Where the share of each environment ends, of the numbers below 2⁶⁴.
+
+    Weights are added as exact fractions, so every machine agrees.
+    """
     weights = [Fraction(env.weight) for env in environments]
-    point = Fraction(which, _WORD) * sum(weights)
-    number = 0
-    while point >= weights[number]:
-        point -= weights[number]
-        number += 1
+    total = sum(weights)
+    return [math.ceil(_WORD * part / total) for part in itertools.accumulate(weights)]
+
+
+def _draw_prompt(
+    job_id: str, batch: int, slot: int, bounds: Sequence[int], sizes: Sequence[int]
+) -> PromptRef:
+    which, low, high, _ = _hash("prompt", job_id, batch, slot)
+    number = bisect.bisect_right(bounds, which)
     # 128 bits against at most 2^53 indices: the bias of the remainder is below 2^-74.
     return PromptRef(environment=number, index=(high * _WORD + low) % sizes[number])
 

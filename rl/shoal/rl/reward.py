@@ -34,11 +34,16 @@ def score_completions(
             f"{len(prompts) * group_size} completions; {len(texts)} were given.",
             code="wrong_completion_count",
         )
-    return [
-        _score(environment_of(environments, prompt), split, prompt.index, text)
-        for number, prompt in enumerate(prompts)
-        for text in texts[number * group_size : (number + 1) * group_size]
-    ]
+    rewards: list[float] = []
+    for number, prompt in enumerate(prompts):
+        environment = environment_of(environments, prompt)
+        group = texts[number * group_size : (number + 1) * group_size]
+        # A grader gives equal answers equal rewards: an audit could not recompute others.
+        scores = {
+            text: _score(environment, split, prompt.index, text) for text in dict.fromkeys(group)
+        }
+        rewards += [scores[text] for text in group]
+    return rewards
 
 
 def _score(environment: Environment, split: Split, index: int, text: str) -> float:

@@ -51,7 +51,7 @@ def _reward_metrics(groups: Sequence[SampledGroup], names: Sequence[str]) -> dic
     figures = {
         "reward": float(rewards_pg.mean()),
         "reward_std": _spread(rewards_pg),
-        "group_reward_std": float(np.mean([_spread(rewards_g) for rewards_g in rewards_pg])),
+        "group_reward_std": float(_group_spreads_p(rewards_pg, flat).mean()),
         "frac_reward_zero_std": float(flat.mean()),
     }
     environments_p = np.array([group.environment for group in groups])
@@ -64,8 +64,8 @@ def _reward_metrics(groups: Sequence[SampledGroup], names: Sequence[str]) -> dic
 
 
 def _length_metrics(groups: Sequence[SampledGroup]) -> dict[str, float]:
-    lengths = np.concatenate([np.asarray(group.lengths, dtype=np.float64) for group in groups])
-    truncated = np.concatenate([np.asarray(group.truncated, dtype=np.bool_) for group in groups])
+    lengths = np.array([n for group in groups for n in group.lengths], dtype=np.float64)
+    truncated = np.array([cut for group in groups for cut in group.truncated], dtype=np.bool_)
     # Zeros where none ended, as TRL has it.
     ended = lengths[~truncated] if not truncated.all() else np.zeros(1)
     return {
@@ -78,6 +78,13 @@ def _length_metrics(groups: Sequence[SampledGroup]) -> dict[str, float]:
         "completions/min_terminated_length": float(ended.min()),
         "completions/max_terminated_length": float(ended.max()),
     }
+
+
+def _group_spreads_p(rewards_pg: Numbers, flat_p: NDArray[np.bool_]) -> Numbers:
+    """`_spread` of each group; ``flat_p`` marks those whose values are equal."""
+    if rewards_pg.shape[1] < 2:
+        return np.zeros(len(rewards_pg))
+    return np.where(flat_p, 0.0, rewards_pg.std(axis=1, ddof=1))
 
 
 def _spread(values: Numbers) -> float:

@@ -294,18 +294,20 @@ class _Checklist:
     def termination(
         self, payload: RolloutPayload | EvaluatePayload, eos_ids: frozenset[int], max_tokens: int
     ) -> None:
-        for number, row in enumerate(payload.token_ids):
-            *before, last = row.tolist()
-            ended = last in eos_ids
-            fault = None
-            if not eos_ids.isdisjoint(before):
+        lengths_b = np.array([len(row) for row in payload.token_ids])
+        last_b = np.cumsum(lengths_b) - 1
+        is_end_n = np.isin(np.concatenate(payload.token_ids), list(eos_ids))
+        ended_b = is_end_n[last_b]
+        goes_on_b = np.add.reduceat(is_end_n, last_b - lengths_b + 1, dtype=np.int64) > ended_b
+        lies_b = ended_b != payload.finished
+        stops_b = ~ended_b & (lengths_b != max_tokens)
+        for number in np.flatnonzero(goes_on_b | lies_b | stops_b):
+            fault = f"stops after {lengths_b[number]} of {max_tokens} tokens without an end token"
+            if goes_on_b[number]:
                 fault = "goes on after an end token"
-            elif ended != bool(payload.finished[number]):
+            elif lies_b[number]:
                 fault = "says the contrary of its last token about having finished"
-            elif not ended and len(row) != max_tokens:
-                fault = f"stops after {len(row)} of {max_tokens} tokens without an end token"
-            if fault:
-                self.record(CheckName.TERMINATION, False, f"row {number} {fault}")
+            self.record(CheckName.TERMINATION, False, f"row {number} {fault}")
         detail = f"all {len(payload.token_ids)} rows end by themselves or at {max_tokens} tokens"
         self.record(CheckName.TERMINATION, True, detail)
 
@@ -354,13 +356,13 @@ def _audit_logprobs(
 ) -> None:
     rows = [prompt for prompt in prompts for _ in range(task.group_size)]
     worst = 0.0
-    for part, logprobs_btv, ids_bt, mask_bt in _recomputed(
-        policy, rows, payload, task.sampling.temperature
-    ):
-        ours_bt = logprobs_btv.gather(2, ids_bt.unsqueeze(2)).squeeze(2)
-        claimed_bt = torch.zeros_like(ours_bt)
-        claimed_bt[mask_bt] = torch.from_numpy(np.concatenate(payload.logprobs[part]))
-        worst = max(worst, float(((ours_bt - claimed_bt).abs() * mask_bt).max()))
+    for part in _parts(policy, payload):
+        completions = payload.token_ids[part]
+        with torch.inference_mode():
+            ours_bt, _ = policy.logprobs_bt(rows[part], completions, task.sampling.temperature)
+        ours_n = ours_bt.cpu()[row_mask(completions, ours_bt.shape[1])]
+        claimed_n = torch.from_numpy(np.concatenate(payload.logprobs[part]))
+        worst = max(worst, float((ours_n - claimed_n).abs().max()))
     detail = f"recomputed: largest difference {worst:.3g}, {tolerance:g} allowed"
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
 
@@ -406,6 +408,14 @@ def _off_draw_bt(
     return torch.maximum(lower_bt - targets_bt, targets_bt - upper_bt).clamp(min=0.0)
 
 
+def _parts(policy: Policy, payload: RolloutPayload | EvaluatePayload) -> Iterator[slice]:
+    """The payload's rows in parts whose logits take bounded memory."""
+    widest = max(len(row) for row in payload.token_ids)
+    step = max(1, _AUDIT_LOGITS // (widest * policy.vocab_size))
+    for first in range(0, len(payload.token_ids), step):
+        yield slice(first, first + step)
+
+
 def _recomputed(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
@@ -413,10 +423,7 @@ def _recomputed(
     temperature: float,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For rows in parts of bounded memory: log-probabilities, token ids, mask."""
-    widest = max(len(row) for row in payload.token_ids)
-    step = max(1, _AUDIT_LOGITS // (widest * policy.vocab_size))
-    for first in range(0, len(prompts), step):
-        part = slice(first, first + step)
+    for part in _parts(policy, payload):
         completions = payload.token_ids[part]
         width = max(len(row) for row in completions)
         with torch.inference_mode():

@@ -7,19 +7,26 @@ from dataclasses import dataclass
 from typing import Final
 
 from shoal.protocol.clock import TimeSource
-from shoal.protocol.errors import PeerFault, ShoalError
-from shoal.protocol.market import MAX_UNITS, Bid, BidReceipt, TaskKind
-from shoal.protocol.node import BID_PROTOCOL, OpenJob
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.market import MAX_UNITS, Bid, TaskKind
+from shoal.protocol.node import COMMIT_PROTOCOL, OpenJob
+from shoal.protocol.sealing import BidReceipt, Reveals, SealNotice
 from shoal.protocol.signing import Signed, sign
 from shoal.worker.capacity import CapacityNow
 from shoal.worker.config import WorkerConfig
 from shoal.worker.events import log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
 from shoal.worker.offers import Parties
+from shoal.worker.sealed import SealedBid, SealedBids, seal_bid
 from shoal.worker.session import Credentials, Link
 
 BID_VALIDITY_MS: Final = 600_000
+BID_EPOCHS: Final = 600
+"""Market epochs a bid stands for: ten minutes of the shortest."""
 _RENEW_BEFORE_MS: Final = BID_VALIDITY_MS // 2
+_RENEW_BEFORE_EPOCHS: Final = BID_EPOCHS // 2
+
+_Offer = tuple[str, TaskKind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,52 +88,83 @@ class Bidder:
         self._capacity = capacity
         self._credentials = credentials
         self._link = link
-        self._book = book
+        self._sealed = SealedBids(book)
         self._time = time
-        self._valid_until_ms: dict[tuple[str, TaskKind], int] = {}
-        self._declined: dict[tuple[str, TaskKind], str] = {}
+        self._offers: dict[_Offer, SealedBid] = {}
+        self._standing: set[_Offer] = set()
+        self._declined: dict[_Offer, str] = {}
         self._last_nonce = 0
 
     @property
     def is_priced_out(self) -> bool:
         """Whether there are open jobs and none pays this worker's floor."""
-        return bool(self._declined) and not self._valid_until_ms
-
-    def renew(self, kind: TaskKind) -> None:
-        """The bids of ``kind`` are sent anew: what the worker takes has changed."""
-        self._valid_until_ms = {k: v for k, v in self._valid_until_ms.items() if k[1] is not kind}
+        return bool(self._declined) and not self._offers
 
     def forget(self) -> None:
-        """Every bid will be sent anew; a restarted orchestrator may hold none."""
-        self._valid_until_ms.clear()
+        """Every commitment will be sent again; a restarted orchestrator may hold none.
 
-    async def refresh(self, jobs: Sequence[OpenJob], parties: Parties) -> None:
+        They are the same commitments: to an orchestrator that does hold them nothing changes.
+        """
+        self._standing.clear()
+
+    def open(self, notice: SealNotice, parties: Parties) -> Reveals:
+        """The bids that the orchestrator asks for after its seal; see `SealedBids.open`."""
+        return self._sealed.open(notice, parties)
+
+    async def refresh(self, jobs: Sequence[OpenJob], market_epoch: int, parties: Parties) -> None:
         """Every open job worth working for has a bid that stands; closed ones are forgotten.
 
         A bid that fails to be sent is logged and tried again at the next call.
+
+        Args:
+            jobs: The jobs that accept bids and whose base is here.
+            market_epoch: The first epoch that bids can still be made for.
+            parties: Between whom the bids are.
         """
         decisions = decide(jobs, self._config, self._capacity)
         wanted = {(d.job_id, d.kind) for d in decisions if d.decline is None}
-        self._valid_until_ms = {k: v for k, v in self._valid_until_ms.items() if k in wanted}
+        self._offers = {k: v for k, v in self._offers.items() if k in wanted}
+        self._standing &= wanted
         self._note_declined(decisions)
-        renew_at_ms = self._time.now_ms() + _RENEW_BEFORE_MS
         for decision in decisions:
-            key = (decision.job_id, decision.kind)
-            if key not in wanted or self._valid_until_ms.get(key, 0) > renew_at_ms:
+            offer = (decision.job_id, decision.kind)
+            if offer not in wanted:
+                continue
+            if not self._is_fresh(self._offers.get(offer), decision, market_epoch):
+                self._offers[offer] = self._make(decision, market_epoch, parties)
+                self._standing.discard(offer)
+            if offer in self._standing:
                 continue
             try:
-                self._valid_until_ms[key] = await self._send(decision, parties)
+                await self._commit(self._offers[offer], parties)
             except ShoalError as error:
                 log_failure("bid_failed", error, job_id=decision.job_id, kind=decision.kind.value)
+            else:
+                self._standing.add(offer)
 
-    async def _send(self, decision: Decision, parties: Parties) -> int:
+    def _is_fresh(self, sealed: SealedBid | None, decision: Decision, market_epoch: int) -> bool:
+        """Whether the bid says what it should, and for long enough."""
+        if sealed is None:
+            return False
+        bid = sealed.reveal.signed.record
+        says_so = (bid.price_micros, bid.capacity) == (
+            decision.price_micros,
+            self._capacity.units(decision.kind),
+        )
+        return (
+            says_so
+            and bid.valid_until_ms > self._time.now_ms() + _RENEW_BEFORE_MS
+            and bid.epoch_to > market_epoch + _RENEW_BEFORE_EPOCHS
+        )
+
+    def _make(self, decision: Decision, market_epoch: int, parties: Parties) -> SealedBid:
         now_ms = self._time.now_ms()
         self._last_nonce = max(self._last_nonce + 1, now_ms)
         bid = Bid(
             job_id=decision.job_id,
             kind=decision.kind,
-            epoch_from=0,
-            epoch_to=MAX_UNITS,
+            epoch_from=market_epoch,
+            epoch_to=min(market_epoch + BID_EPOCHS, MAX_UNITS),
             price_micros=decision.price_micros,
             capacity=self._capacity.units(decision.kind),
             account=self._credentials.address,
@@ -134,17 +172,12 @@ class Bidder:
             valid_until_ms=now_ms + BID_VALIDITY_MS,
             nonce=self._last_nonce,
         )
-        signed = sign(bid, parties.domain, self._credentials.account)
-        reply = await self._link.request(BID_PROTOCOL, signed.encode())
-        receipt = Signed[BidReceipt].decode(reply)
-        receipt.require_signer(parties.domain, parties.orchestrator)
-        if receipt.record.bid_sha256 != bid.digest():
-            raise PeerFault(
-                "The orchestrator's receipt is for another bid than the one sent.",
-                evidence=receipt.record.digest(),
-                code="wrong_receipt",
-            )
-        self._book.keep_bid(signed, receipt)
+        return seal_bid(sign(bid, parties.domain, self._credentials.account), parties)
+
+    async def _commit(self, sealed: SealedBid, parties: Parties) -> None:
+        reply = await self._link.request(COMMIT_PROTOCOL, sealed.commitment.encode())
+        self._sealed.keep(sealed, Signed[BidReceipt].decode(reply), parties)
+        bid = sealed.reveal.signed.record
         log_event(
             "bid_standing",
             job_id=bid.job_id,
@@ -152,7 +185,6 @@ class Bidder:
             price_micros=bid.price_micros,
             capacity=bid.capacity,
         )
-        return bid.valid_until_ms
 
     def _note_declined(self, decisions: Iterable[Decision]) -> None:
         declined = {(d.job_id, d.kind): d.decline for d in decisions if d.decline is not None}

@@ -119,7 +119,7 @@ class Collector:
             statement = await self._statement(job_id)
             if statement is None:
                 return 0
-            owed_micros = statement.cumulative_micros - await self._chain.claimed(
+            owed_micros = statement.cumulative_micros - await self._chain.escrow.claimed(
                 job_id, self._account
             )
             if owed_micros <= 0:
@@ -136,7 +136,7 @@ class Collector:
 
     async def _claim(self, statement: PayoutStatement, owed_micros: int) -> bool:
         """False when the root may still be challenged, so that nothing is payable yet."""
-        escrow = await self._chain.escrow(statement.job_id)
+        escrow = await self._chain.escrow.job(statement.job_id)
         self._check_proof(statement, escrow)
         if escrow.ready_at_s > 0 and escrow.ready_at_s > await self._chain.now_s():
             return False
@@ -145,7 +145,7 @@ class Collector:
             cumulative_micros=statement.cumulative_micros,
             proof=statement.proof,
         )
-        mined = await self._chain.claim(statement.job_id, claim)
+        mined = await self._chain.escrow.claim(statement.job_id, claim)
         log_event("paid", job_id=statement.job_id, amount_micros=owed_micros, tx_hash=mined.tx_hash)
         return True
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.protocol.market import Bid, BidReceipt
+from shoal.market.fault import ReceiptedBid
 from shoal.protocol.result import Receipt, Verdict
+from shoal.protocol.sealing import BookSeal
 from shoal.protocol.signing import Signed
 
 _MAX_PENDING: Final = 4096
@@ -20,7 +21,8 @@ class EvidenceBook:
     """What a provider needs to prove what it bid, did and was told.
 
     Args:
-        directory: Holds ``bids.jsonl``, ``receipts.jsonl``, ``verdicts.jsonl``, ``jobs.json``.
+        directory: Holds ``bids.jsonl``, ``drops.jsonl``, ``receipts.jsonl``, ``verdicts.jsonl``
+            and ``jobs.json``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,9 +37,13 @@ class EvidenceBook:
         }
         self._jobs = _read_jobs(directory / "jobs.json")
 
-    def keep_bid(self, bid: Signed[Bid], receipt: Signed[BidReceipt]) -> None:
-        """The bid and the orchestrator's receipt for it are on disk."""
-        self._append("bids.jsonl", {"bid": bid.to_json(), "receipt": receipt.to_json()})
+    def keep_bid(self, bid: ReceiptedBid) -> None:
+        """The bid, its salt and the orchestrator's receipt for the commitment are on disk."""
+        self._append("bids.jsonl", bid.to_json())
+
+    def keep_drop(self, bid: ReceiptedBid, seal: Signed[BookSeal]) -> None:
+        """A seal that leaves out a bid it must hold is on disk, with what proves it."""
+        self._append("drops.jsonl", {"bid": bid.to_json(), "seal": seal.to_json()})
 
     def keep_receipt(self, receipt: Signed[Receipt]) -> None:
         """The receipt is on disk, and its job among those that may owe something."""

@@ -25,6 +25,7 @@ from shoal.protocol.node import (
     EVIDENCE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     LEASE_PROTOCOL,
+    REVEAL_PROTOCOL,
     EvidenceReply,
     EvidenceRequest,
     FailureCause,
@@ -32,11 +33,13 @@ from shoal.protocol.node import (
     HeartbeatReply,
     HelloReply,
     IdleReason,
+    JoinReply,
     LeaseOffer,
     LeaseReply,
     OpenJob,
 )
 from shoal.protocol.result import Verdict
+from shoal.protocol.sealing import SealNotice
 from shoal.protocol.signing import Signed
 from shoal.worker.bases import BaseKeeper
 from shoal.worker.bidder import Bidder
@@ -120,6 +123,7 @@ class WorkerNode:
             config, self._capacity, parts.credentials, self._link, self._book, parts.time
         )
         self._jobs: tuple[OpenJob, ...] = ()
+        self._market_epoch = 0
         self._collector: Collector | None = None
         self._greeting: HelloReply | None = None
         self._acknowledged: dict[str, None] = {}
@@ -137,6 +141,7 @@ class WorkerNode:
         network = self._parts.network
         network.serve(LEASE_PROTOCOL, self._on_lease)
         network.serve(EVIDENCE_PROTOCOL, self._on_evidence)
+        network.serve(REVEAL_PROTOCOL, self._on_seal)
         await network.start()
         try:
             await _until(stop, self._keep_session(), self._executor.run(), self._keep_claiming())
@@ -149,8 +154,7 @@ class WorkerNode:
         give_up_s = self._parts.monotonic_s() + self._config.connect_timeout_s
         while True:
             try:
-                jobs = await self._open_session()
-                await self._serve_session(jobs, pause)
+                await self._serve_session(await self._open_session(), pause)
             except ShoalError as error:
                 if self._cannot_mend(error, give_up_s):
                     raise
@@ -172,7 +176,7 @@ class WorkerNode:
         is_passing = isinstance(error, Unavailable | Expired)
         return not is_passing or self._parts.monotonic_s() > give_up_s
 
-    async def _open_session(self) -> tuple[OpenJob, ...]:
+    async def _open_session(self) -> JoinReply:
         await self._dial()
         greeting = await greet(self._link)
         self._require_same_chain(greeting)
@@ -191,7 +195,7 @@ class WorkerNode:
         log_event(
             "joined", node=credentials.node, account=credentials.address, jobs=len(reply.open_jobs)
         )
-        return reply.open_jobs
+        return reply
 
     async def _dial(self) -> None:
         failure: ShoalError | None = None
@@ -236,11 +240,11 @@ class WorkerNode:
                 code="orchestrator_changed",
             )
 
-    async def _serve_session(self, jobs: tuple[OpenJob, ...], pause: Backoff) -> None:
+    async def _serve_session(self, joined: JoinReply, pause: Backoff) -> None:
         """Heartbeats until the connection is lost or the orchestrator forgot this worker."""
         greeting = self._current_greeting()
         missed = 0
-        self._note_jobs(jobs)
+        self._note_jobs(joined.open_jobs, joined.market_epoch)
         while not await self._link.wait_lost(greeting.heartbeat_ms / 1000):
             try:
                 await self._beat(greeting)
@@ -269,7 +273,7 @@ class WorkerNode:
         self._executor.revoke(reply.revoked)
         for verdict in reply.verdicts:
             self._keep_verdict(verdict, greeting)
-        self._note_jobs(reply.open_jobs)
+        self._note_jobs(reply.open_jobs, reply.market_epoch)
         self._note_idle(reply.idle_reason)
 
     def _keep_verdict(self, verdict: Signed[Verdict], greeting: HelloReply) -> None:
@@ -291,20 +295,22 @@ class WorkerNode:
                 reason=record.reason(),
             )
 
-    def _note_jobs(self, jobs: tuple[OpenJob, ...]) -> None:
-        self._jobs = jobs
+    def _note_jobs(self, jobs: tuple[OpenJob, ...], market_epoch: int) -> None:
+        self._jobs, self._market_epoch = jobs, market_epoch
         self._residuals.retain(job.job_id for job in jobs)
         if self._collector is not None:
             self._collector.note_open(job.job_id for job in jobs)
         # Beside the heartbeats, not between them: a slow bid must not cost running leases.
         if self._bidding is None or self._bidding.done():
             ready = self._bases.with_base(jobs)
-            self._bidding = asyncio.create_task(self._bidder.refresh(ready, self._parties()))
+            self._bidding = asyncio.create_task(
+                self._bidder.refresh(ready, self._market_epoch, self._parties())
+            )
 
     def _on_base(self) -> None:
         """Another base is here: its jobs are bid for at once."""
         if self._link.peer is not None and not self._stopping:
-            self._note_jobs(self._jobs)
+            self._note_jobs(self._jobs, self._market_epoch)
 
     async def _deliver(self, assignment: Assignment, output: TaskOutput) -> None:
         lease = assignment.lease
@@ -325,11 +331,15 @@ class WorkerNode:
         log_event("evidence_asked", lease_id=request.lease_id, uploaded=data is not None)
         return EvidenceReply(lease_id=request.lease_id, uploaded=data is not None).encode()
 
+    async def _on_seal(self, peer: PeerId, payload: bytes) -> bytes:
+        notice = SealNotice.decode(payload)
+        self._require_orchestrator(peer)
+        return self._bidder.open(notice, self._parties()).encode()
+
     async def _give_back(self, assignment: Assignment, cause: FailureCause, detail: str) -> None:
         lease = assignment.lease
         if cause is FailureCause.OUT_OF_MEMORY:
             self._capacity.halve_below(lease.kind, lease.num_units)
-            self._bidder.renew(lease.kind)
         await self._submitter.give_back(assignment, cause, detail)
         log_event(
             "lease_given_back", job_id=lease.job_id, lease_id=lease.lease_id, cause=cause.value

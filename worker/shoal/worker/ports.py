@@ -19,20 +19,16 @@ from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
 AnyTask = RolloutTask | GradientTask | EvaluateTask
 
 
-class ProviderChain(Protocol):
-    """The chain, seen from a provider's account."""
+class ProviderToken(Protocol):
+    """The settlement token, seen from a provider's account."""
 
-    async def now_s(self) -> int:
-        """The chain's clock, in Unix seconds."""
+    async def balance(self, account: str) -> int:
+        """Tokens of ``account``, in micros."""
         ...
 
-    async def eth_balance(self, account: str) -> int:
-        """Gas money of ``account``, in wei."""
-        ...
 
-    async def token_balance(self, account: str) -> int:
-        """Settlement tokens of ``account``, in micros."""
-        ...
+class ProviderVault(Protocol):
+    """The stake vault, seen from a provider's account."""
 
     async def stake_of(self, account: str) -> StakeInfo:
         """The stake of ``account``."""
@@ -50,7 +46,11 @@ class ProviderChain(Protocol):
         """The node key is bound to our account."""
         ...
 
-    async def escrow(self, job_id: str) -> EscrowState:
+
+class ProviderEscrow(Protocol):
+    """The job escrow, seen from a provider's account."""
+
+    async def job(self, job_id: str) -> EscrowState:
         """The job's escrow."""
         ...
 
@@ -60,6 +60,33 @@ class ProviderChain(Protocol):
 
     async def claim(self, job_id: str, claim: Claim) -> Mined:
         """The difference between ``claim`` and what was paid so far is paid."""
+        ...
+
+
+class ProviderChain(Protocol):
+    """The chain, seen from a provider's account: its contracts, its clock, the gas money."""
+
+    @property
+    def token(self) -> ProviderToken:
+        """The settlement token."""
+        ...
+
+    @property
+    def vault(self) -> ProviderVault:
+        """Where stake is."""
+        ...
+
+    @property
+    def escrow(self) -> ProviderEscrow:
+        """Where pay comes from."""
+        ...
+
+    async def now_s(self) -> int:
+        """The chain's clock, in Unix seconds."""
+        ...
+
+    async def eth_balance(self, account: str) -> int:
+        """Gas money of ``account``, in wei."""
         ...
 
 

@@ -29,7 +29,7 @@ async def ensure_stake(
     Raises:
         Unauthorised: it is not, and cannot be made so; says what to do.
     """
-    staked = (await chain.stake_of(account)).active_micros
+    staked = (await chain.vault.stake_of(account)).active_micros
     if staked >= minimum_micros:
         return
     asked = (
@@ -49,16 +49,12 @@ async def ensure_stake(
             code="stake_too_small",
         )
     await _require_funds(chain, account, allowed_micros)
-    mined = await chain.stake(allowed_micros)
+    mined = await chain.vault.stake(allowed_micros)
     log_event("staked", amount_micros=int(allowed_micros), tx_hash=mined.tx_hash)
 
 
-class StakeHolder(Protocol):
-    """The chain, seen by who takes a stake back."""
-
-    async def now_s(self) -> int:
-        """The chain's clock, in Unix seconds."""
-        ...
+class HeldStake(Protocol):
+    """The stake vault, seen by who takes a stake back."""
 
     async def stake_of(self, account: str) -> StakeInfo:
         """The stake of ``account``."""
@@ -70,6 +66,19 @@ class StakeHolder(Protocol):
 
     async def withdraw_stake(self) -> Mined:
         """What has left is ours."""
+        ...
+
+
+class StakeHolder(Protocol):
+    """The chain, seen by who takes a stake back."""
+
+    @property
+    def vault(self) -> HeldStake:
+        """Where the stake is."""
+        ...
+
+    async def now_s(self) -> int:
+        """The chain's clock, in Unix seconds."""
         ...
 
 
@@ -91,14 +100,14 @@ async def take_back_stake(chain: StakeHolder, account: str) -> Unstaked:
     Run once to begin and once more when the waiting time is over.  A stake that is leaving
     already is left in peace, because a new request would make it wait anew.
     """
-    before = await chain.stake_of(account)
+    before = await chain.vault.stake_of(account)
     withdrawn_micros = 0
     if before.unbonding_micros and before.unbond_at_s <= await chain.now_s():
-        await chain.withdraw_stake()
+        await chain.vault.withdraw_stake()
         withdrawn_micros = before.unbonding_micros
     if before.active_micros and (withdrawn_micros or not before.unbonding_micros):
-        await chain.request_unbond(before.active_micros)
-    after = await chain.stake_of(account)
+        await chain.vault.request_unbond(before.active_micros)
+    after = await chain.vault.stake_of(account)
     return Unstaked(
         withdrawn_micros=withdrawn_micros,
         unbonding_micros=after.unbonding_micros,
@@ -113,9 +122,9 @@ async def ensure_bound(chain: ProviderChain, credentials: Credentials) -> None:
         Unauthorised: another account does.
     """
     key = credentials.identity.public_key
-    owner = await chain.node_owner(key)
+    owner = await chain.vault.node_owner(key)
     if owner is None or owner == _UNBOUND:
-        mined = await chain.bind_node(key)
+        mined = await chain.vault.bind_node(key)
         log_event("node_bound", node=credentials.node, tx_hash=mined.tx_hash)
     elif owner.lower() != credentials.address.lower():
         raise Unauthorised(
@@ -127,7 +136,7 @@ async def ensure_bound(chain: ProviderChain, credentials: Credentials) -> None:
 
 
 async def _require_funds(chain: ProviderChain, account: str, amount_micros: int) -> None:
-    balance = await chain.token_balance(account)
+    balance = await chain.token.balance(account)
     if balance < amount_micros:
         raise Unauthorised(
             f"The account {account} holds ${format_dollars(balance)}, less than the "

@@ -61,17 +61,45 @@ class NodeRow(Base):
     joined_ms: Mapped[int] = mapped_column(BigInteger)
 
 
-class BidRow(Base):
-    """One signed bid, kept with the time it was received."""
+class CommitmentRow(Base):
+    """One sealed bid: the receipt we gave for it, and the bid itself once it was opened."""
 
-    __tablename__ = "bids"
+    __tablename__ = "commitments"
 
-    bid_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
-    account: Mapped[str] = mapped_column(String(42))
-    node: Mapped[str] = mapped_column(String(100), index=True)
-    nonce: Mapped[int] = mapped_column(BigInteger)
-    record: Mapped[str] = mapped_column(Text)
-    received_ms: Mapped[int] = mapped_column(BigInteger)
+    commitment: Mapped[str] = mapped_column(String(66), primary_key=True)
+    epoch_to: Mapped[int] = mapped_column(BigInteger, index=True)
+    seq: Mapped[int] = mapped_column(BigInteger, unique=True)
+    entry: Mapped[str] = mapped_column(Text)
+
+
+class SealRow(Base):
+    """One market epoch's sealed book, and the block its seed was drawn from.
+
+    ``competing`` names the commitments whose bids were opened in time, as a JSON list; absent
+    until the book is frozen.
+    """
+
+    __tablename__ = "seals"
+
+    epoch: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    seal: Mapped[str] = mapped_column(Text)
+    block_hash: Mapped[str] = mapped_column(String(66))
+    block_number: Mapped[int] = mapped_column(BigInteger)
+    competing: Mapped[str | None] = mapped_column(Text, default=None)
+
+
+class CertificateRow(Base):
+    """One clearing: the signed certificate, and the bidders' terms it was cleared under."""
+
+    __tablename__ = "certificates"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), index=True)
+    lot_id: Mapped[str] = mapped_column(ForeignKey("lots.lot_id"), index=True)
+    epoch: Mapped[int] = mapped_column(BigInteger)
+    certificate: Mapped[str] = mapped_column(Text)
+    terms: Mapped[str] = mapped_column(Text)
+    issued_ms: Mapped[int] = mapped_column(BigInteger)
 
 
 class LotRow(Base):
@@ -112,6 +140,7 @@ class LeaseRow(Base):
     audited: Mapped[bool] = mapped_column(Boolean, default=False)
     pay_micros: Mapped[int] = mapped_column(BigInteger, default=0)
     settlement_epoch: Mapped[int | None] = mapped_column(Integer, default=None)
+    outcome: Mapped[str | None] = mapped_column(Text, default=None)
 
 
 class StatementRow(Base):
@@ -147,6 +176,39 @@ class EpochRow(Base):
     tx_hash: Mapped[str | None] = mapped_column(String(66), default=None)
     block_number: Mapped[int | None] = mapped_column(BigInteger, default=None)
     gas_used: Mapped[int | None] = mapped_column(BigInteger, default=None)
+
+
+class SenderRow(Base):
+    """Who may send for an account, and the next nonce it has not used.
+
+    ``sender_epoch`` rises with each process that takes the account over; what an earlier one
+    still tries to write is refused.
+    """
+
+    __tablename__ = "senders"
+
+    account: Mapped[str] = mapped_column(String(42), primary_key=True)
+    sender_epoch: Mapped[int] = mapped_column(Integer, default=0)
+    next_nonce: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class OutboxRow(Base):
+    """One effect on the chain, from the decision to its final block.
+
+    ``delivery`` holds every signed transaction and where the effect was found; ``nonce`` is
+    the one in use or spent, absent where none is.
+    """
+
+    __tablename__ = "outbox"
+    __table_args__ = (Index("ix_outbox_account_stage", "account", "stage"),)
+
+    claim_key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    account: Mapped[str] = mapped_column(String(42))
+    kind: Mapped[str] = mapped_column(String(16))
+    payload: Mapped[str] = mapped_column(Text)
+    stage: Mapped[str] = mapped_column(String(8))
+    nonce: Mapped[int | None] = mapped_column(BigInteger, default=None)
+    delivery: Mapped[str] = mapped_column(Text)
 
 
 class EventRow(Base):
