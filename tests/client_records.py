@@ -16,6 +16,8 @@ INFO: dict[str, Any] = {
         "stake_vault": "0x" + "3" * 40,
         "job_escrow": "0x" + "1" * 40,
         "provenance_log": "0x" + "4" * 40,
+        "fault_court": "0x" + "6" * 40,
+        "model_shares": "0x" + "7" * 40,
     },
     "orchestrator": "0x" + "5" * 40,
     "peer_id": "12D3",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import secrets
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -14,18 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
+from hexbytes import HexBytes
 from learning_fixtures import make_spec
+from ledger_double import MemoryLedger
 from sqlalchemy import select
 from worker_double import make_task
 
+from shoal.contracts.delivery import Answer, Attempt, Landing
 from shoal.contracts.gateway import ChainGateway
-from shoal.contracts.records import Deployment, EpochPost, EscrowState, Mined, PostedEpoch
+from shoal.contracts.records import Deployment, EpochPost, EscrowState, PostedEpoch
 from shoal.contracts.records import StakeInfo as Stake
+from shoal.contracts.transactions import Call
 from shoal.market.lease import LeaseState
+from shoal.market.reserve import reserve_for
 from shoal.network.blob_store import BlobStore
 from shoal.network.identity import NodeIdentity
 from shoal.network.memory import MemoryHub, MemoryNetwork
@@ -42,9 +49,11 @@ from shoal.protocol.clock import ManualTime, TimeSource
 from shoal.protocol.errors import ChainRejected, NotFound, ShoalError, Unavailable
 from shoal.protocol.ids import PeerId, new_id
 from shoal.protocol.job import BudgetSpec, Job, JobState, VerifySpec
-from shoal.protocol.market import Award, Bid, BidReceipt, Lot, LotClass, TaskKind
+from shoal.protocol.market import Award, Bid, Lot, LotClass, TaskKind
+from shoal.protocol.merkle import hex32
 from shoal.protocol.node import (
-    BID_PROTOCOL,
+    CANCEL_PROTOCOL,
+    COMMIT_PROTOCOL,
     FAILURE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     HELLO_PROTOCOL,
@@ -52,6 +61,7 @@ from shoal.protocol.node import (
     LEASE_PROTOCOL,
     PROTOCOL_VERSION,
     RESULT_PROTOCOL,
+    REVEAL_PROTOCOL,
     BoundNode,
     FailureCause,
     FailureReply,
@@ -70,6 +80,15 @@ from shoal.protocol.node import (
     ResultReply,
 )
 from shoal.protocol.result import Receipt, Result
+from shoal.protocol.sealing import (
+    BidCancel,
+    BidCancelReply,
+    BidCommitment,
+    BidReceipt,
+    BidReveal,
+    Reveals,
+    SealNotice,
+)
 from shoal.protocol.signing import Domain, Signed, sign
 from shoal.protocol.task import Task
 from shoal.worker.statement import sign_statement
@@ -84,6 +103,8 @@ DEPLOYMENT = Deployment(
     stake_vault=ADDRESSES["b"],
     job_escrow=ADDRESSES["c"],
     provenance_log=ADDRESSES["d"],
+    fault_court="0x" + "5" * 40,
+    model_shares="0x" + "6" * 40,
     block_number=0,
 )
 DOMAIN = Domain(chain_id=DEPLOYMENT.chain_id, escrow=DEPLOYMENT.job_escrow)
@@ -91,18 +112,22 @@ FUNDED_MICROS = 1_000_000
 
 
 class MemoryChain:
-    """The calls the orchestrator makes of the chain, with the escrow's own rules.
+    """What the orchestrator needs of the chain, with the escrow's own rules.
 
-    ``lose_receipt`` mines the next post and then fails, as a broken connection would;
-    ``down`` answers nothing at all.
+    It is all contracts of a gateway at once.  ``fail_after_post`` mines the next transaction
+    and then answers nothing more; ``down`` answers nothing at all.
     """
 
     def __init__(self) -> None:
+        self.vault = self.escrow = self.connection = self
+        self.ledger = _Ledger(self)
+        self.sender = SimpleNamespace(transactions=self.ledger)
+        self.address = ADDRESSES["c"]
         self.owners: dict[bytes, str] = {}
         self.stakes: dict[str, int] = {}
         self.escrows: dict[str, EscrowState] = {}
         self.posted: list[PostedEpoch] = []
-        self.lose_receipt = False
+        self.fail_after_post = False
         self.down = False
         self.before_post: Callable[[], Awaitable[None]] | None = None
 
@@ -118,22 +143,27 @@ class MemoryChain:
             "claimed_micros": 0,
             "refunded_micros": 0,
             "closed": False,
-            "refund_taken": False,
+            "frozen": False,
+            "bond_micros": 0,
             "pay_root": "0x" + "0" * 64,
             "ready_at_s": 0,
         }
         self.escrows[job_id] = EscrowState(**{**fields, **changes})
 
     async def node_owner(self, node_key: bytes) -> str | None:
-        self._answer()
+        self.answer()
         return self.owners.get(node_key)
 
     async def stake_of(self, account: str) -> Stake:
-        self._answer()
+        self.answer()
         return Stake(active_micros=self.stakes.get(account, 0), unbonding_micros=0, unbond_at_s=0)
 
-    async def escrow(self, job_id: str) -> EscrowState:
-        self._answer()
+    async def block(self) -> dict[str, Any]:
+        self.answer()
+        return {"hash": HexBytes(b"\xb1" * 32), "number": 12}
+
+    async def job(self, job_id: str, *, depth: int = 0) -> EscrowState:
+        self.answer()
         if job_id not in self.escrows:
             raise NotFound(f"The chain holds no job {job_id}.", code="no_such_job")
         return self.escrows[job_id]
@@ -147,53 +177,100 @@ class MemoryChain:
     async def challenge_window_s(self) -> int:
         return 0
 
-    async def post_epoch(self, post: EpochPost) -> Mined:
-        self._answer()
-        if self.before_post is not None:
-            await self.before_post()
+    async def epochs(self, job_id: str, from_block: int | None = None) -> list[PostedEpoch]:
+        self.answer()
+        return [post for post in self.posted if post.job_id == job_id]
+
+    async def closing(self, job_id: str, from_block: int | None = None) -> Landing | None:
+        return None
+
+    def post_call(self, post: EpochPost) -> Call:
+        return Call(to=self.address, data=b"p" + post.encode(), purpose=f"post {post.epoch}")
+
+    def close_call(self, job_id: str) -> Call:
+        return Call(to=self.address, data=b"c" + job_id.encode(), purpose="close the job")
+
+    def reset(self) -> None:
+        raise AssertionError("the orchestrator's lab has no reorganisations")
+
+    def run(self, data: bytes, tx_hash: str, *, commit: bool) -> None:
+        """Runs a `post_call` or a `close_call`, as the escrow would."""
+        if data[:1] == b"c":
+            job_id = data[1:].decode()
+            closed = self.escrows[job_id].model_copy(update={"closed": True})
+            if commit:
+                self.escrows[job_id] = closed
+            return
+        post = EpochPost.decode(data[1:])
         escrow = self.escrows[post.job_id]
         if post.epoch != escrow.epoch + 1:
             raise ChainRejected("The escrow refused the epoch.", reason="WrongEpoch")
         if not escrow.committed_micros <= post.cumulative_micros <= escrow.funded_micros:
             raise ChainRejected("The escrow refused the total.", reason="TotalAboveFunds")
-        mined = Mined(tx_hash="0x" + f"{len(self.posted):064x}", block_number=7, gas_used=21_000)
-        self.escrows[post.job_id] = escrow.model_copy(
-            update={"epoch": post.epoch, "committed_micros": post.cumulative_micros}
-        )
-        self.posted.append(PostedEpoch(**post.model_dump(), tx_hash=mined.tx_hash, block_number=7))
-        if self.lose_receipt:
-            self.lose_receipt = False
-            raise Unavailable("The connection broke before the receipt came.")
-        return mined
+        if commit:
+            self.escrows[post.job_id] = escrow.model_copy(
+                update={"epoch": post.epoch, "committed_micros": post.cumulative_micros}
+            )
+            where: dict[str, Any] = {
+                "tx_hash": tx_hash,
+                "block_number": 7,
+                "block_hash": "0x" + "7" * 64,
+            }
+            self.posted.append(PostedEpoch(**post.model_dump(), **where))
 
-    async def epochs(self, job_id: str, from_block: int | None = None) -> list[PostedEpoch]:
-        self._answer()
-        return [post for post in self.posted if post.job_id == job_id]
-
-    async def close_job(self, job_id: str) -> Mined:
-        self._answer()
-        self.escrows[job_id] = self.escrows[job_id].model_copy(update={"closed": True})
-        return Mined(tx_hash="0x" + "9" * 64, block_number=8, gas_used=21_000)
-
-    def _answer(self) -> None:
+    def answer(self) -> None:
         if self.down:
             raise Unavailable("Nothing answers at the chain's URL.")
 
 
-class Peer:
-    """A worker that does what a test says: keys, a connection, and an inbox of offers."""
+class _Ledger(MemoryLedger):
+    """The ledger behind a `MemoryChain`: away when the chain is."""
 
-    def __init__(self, network: MemoryNetwork, identity: NodeIdentity, home: PeerId) -> None:
+    def __init__(self, chain: MemoryChain) -> None:
+        super().__init__(chain)
+        self._chain = chain
+
+    async def num_spent(self, block: str = "latest") -> int:
+        self._chain.answer()
+        return await super().num_spent(block)
+
+    async def broadcast(self, attempt: Attempt) -> tuple[Answer, str]:
+        if self._chain.before_post is not None:
+            await self._chain.before_post()
+        answer = await super().broadcast(attempt)
+        self._chain.down = self._chain.fail_after_post
+        self._chain.fail_after_post = False
+        return answer
+
+
+class Peer:
+    """A worker that does what a test says: keys, a connection, and an inbox of offers.
+
+    ``reveals`` is what it shows when its commitments are asked for, ``notices`` who asked;
+    ``turn`` ends the orchestrator's market epoch.
+    """
+
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        identity: NodeIdentity,
+        home: PeerId,
+        turn: Callable[[], Awaitable[None]],
+    ) -> None:
         self.network = network
         self.identity = identity
         self.account: LocalAccount = EthAccount.create()
         self.offers: asyncio.Queue[LeaseOffer] = asyncio.Queue()
+        self.reveals: dict[str, BidReveal] = {}
+        self.notices: list[SealNotice] = []
+        self.turn = turn
         self.refusal: str | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self._home = home
         self._nonce = 0
         network.serve(LEASE_PROTOCOL, self._on_lease)
+        network.serve(REVEAL_PROTOCOL, self._on_seal)
 
     @property
     def node(self) -> PeerId:
@@ -254,9 +331,36 @@ class Peer:
         }
         return Bid(**{**fields, **changes})
 
-    async def bid(self, bid: Bid | None = None, **changes: Any) -> Signed[BidReceipt]:
-        signed = sign(bid or self.make_bid(**changes), DOMAIN, self.account)
-        return Signed[BidReceipt].decode(await self.ask(BID_PROTOCOL, signed.encode()))
+    def seal(self, bid: Bid, *, signer: LocalAccount | None = None) -> BidCommitment:
+        """The bid's commitment; the bid itself is shown when it is asked for."""
+        signed = sign(bid, DOMAIN, signer or self.account)
+        reveal = BidReveal(signed=signed, salt=hex32(secrets.token_bytes(32)))
+        name = reveal.commitment(DOMAIN)
+        self.reveals[name] = reveal
+        return BidCommitment(commitment=name, epoch_from=bid.epoch_from, epoch_to=bid.epoch_to)
+
+    async def commit(self, sealed: BidCommitment) -> Signed[BidReceipt]:
+        return Signed[BidReceipt].decode(await self.ask(COMMIT_PROTOCOL, sealed.encode()))
+
+    async def cancel(self, commitment: str, from_epoch: int) -> BidCancelReply:
+        record = BidCancel(commitment=commitment, from_epoch=from_epoch)
+        data = sign(record, DOMAIN, self.account).encode()
+        return BidCancelReply.decode(await self.ask(CANCEL_PROTOCOL, data))
+
+    async def bid(
+        self, bid: Bid | None = None, *, turn: bool = True, **changes: Any
+    ) -> Signed[BidReceipt]:
+        """The bid is committed to and, after a ``turn`` of the epoch, shown and in the book."""
+        receipt = await self.commit(self.seal(bid or self.make_bid(**changes)))
+        if turn:
+            await self.turn()
+        return receipt
+
+    async def _on_seal(self, peer: PeerId, data: bytes) -> bytes:
+        notice = SealNotice.decode(data)
+        self.notices.append(notice)
+        shown = [self.reveals[name] for name in notice.wanted if name in self.reveals]
+        return Reveals(reveals=tuple(shown)).encode()
 
     async def beat(
         self, *offers: LeaseOffer, progress: int = 0, acknowledged: Sequence[str] = ()
@@ -333,7 +437,17 @@ class Peer:
 class Sale:
     """A workload over made-up rollout tasks, and what came of it."""
 
-    def __init__(self, job_id: str, num_units: int, reserve_micros: int, parcel_units: int) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        num_units: int,
+        reserve_micros: int,
+        parcel_units: int,
+        *,
+        max_micros: int | None = None,
+    ) -> None:
+        """``max_micros`` is the requester's maximum, where it is above the reserve."""
+        reserve = reserve_for(max_micros or reserve_micros)
         self.delivered: list[Delivery] = []
         self.abandoned: list[ShoalError] = []
         self.before_build: Callable[[], Awaitable[None]] | None = None
@@ -352,7 +466,7 @@ class Sale:
                 num_units=num_units,
                 reserve_micros=reserve_micros,
             ),
-            max_reserve_micros=2 * reserve_micros,
+            reserve=reserve.model_copy(update={"reserve_micros": reserve_micros}),
             build_task=self._build,
             deliver=self._deliver,
             abandon=self.abandoned.append,
@@ -382,6 +496,7 @@ class Lab:
         self.hub = hub
         self.chain = chain
         self.time = now
+        chain.ledger.address = context.account.address
         self.orchestrator = Orchestrator(context, "http://api.invalid", lambda: "http://b.invalid")
         self.orchestrator.front_desk.serve(context.network)
         self.requester: LocalAccount = EthAccount.create()
@@ -437,7 +552,7 @@ class Lab:
         self._peers.append(network)
         address = self.context.network.addresses[0]
         home = await network.connect(address, timeout_s=TIMEOUT_S)
-        peer = Peer(network, identity, home)
+        peer = Peer(network, identity, home, self.orchestrator.sealer.turn)
         self.chain.owners[identity.public_key] = peer.account.address
         self.chain.stakes[peer.account.address] = self.context.config.min_stake_micros
         if joined:
@@ -451,19 +566,20 @@ class Lab:
         *,
         reserve_micros: int = 1_000,
         parcel_units: int = 2,
+        max_micros: int | None = None,
     ) -> Sale:
         """Units on the market, ``parcel_units`` to a task."""
-        sale = Sale(job_id, num_units, reserve_micros, parcel_units)
+        sale = Sale(job_id, num_units, reserve_micros, parcel_units, max_micros=max_micros)
         await self.orchestrator.auctioneer.open(sale.workload)
         return sale
 
     async def lease(
         self, peer: Peer, sale: Sale, *, num_units: int = 2, price_micros: int = 100
     ) -> tuple[LeaseOffer, LiveLease]:
-        """``peer`` holds a running lease of the sale's units."""
-        await self.orchestrator.dispatcher.grant(
-            sale.workload, self.award(peer, sale, num_units, price_micros)
-        )
+        """``peer`` holds a running lease of the sale's next units, granted without an auction."""
+        parcel = sale.workload.waiting[0]
+        award = self.award(peer, sale, num_units, price_micros)
+        await self.orchestrator.dispatcher.grant(sale.workload, parcel, award)
         offer = await arrival(peer.offers)
         live = self.live(offer)
         await until(lambda: live.record.state is LeaseState.RUNNING)
@@ -472,7 +588,8 @@ class Lab:
     def award(self, peer: Peer, sale: Sale, num_units: int = 2, price_micros: int = 100) -> Award:
         return Award(
             lot_id=sale.workload.lot.lot_id,
-            bid_sha256="0" * 64,
+            certificate_sha256="0" * 64,
+            rung=0,
             account=peer.account.address,
             node=peer.node,
             num_units=num_units,
@@ -513,6 +630,7 @@ async def open_lab(
     *,
     identity: NodeIdentity | None = None,
     account: LocalAccount | None = None,
+    chain: MemoryChain | None = None,
     clock: TimeSource | None = None,
     limits: Limits | None = None,
     **settings: Any,
@@ -530,7 +648,7 @@ async def open_lab(
         key_file=folder / "key.json",
         **settings,
     )
-    hub, now, chain = MemoryHub(), ManualTime(), MemoryChain()
+    hub, now, chain = MemoryHub(), ManualTime(), chain or MemoryChain()
     identity = identity or NodeIdentity.generate()
     network = MemoryNetwork(hub, identity, limits=limits)
     await network.start()
@@ -550,6 +668,7 @@ async def open_lab(
         compute=compute,
     )
     lab = Lab(context, hub, chain, now)
+    await lab.orchestrator.outbox.open()
     try:
         yield lab
     finally:

@@ -345,6 +345,8 @@ class Story:
                 stake_vault="0x" + "2" * 40,
                 job_escrow=DOMAIN.escrow,
                 provenance_log="0x" + "3" * 40,
+                fault_court="0x" + "4" * 40,
+                model_shares="0x" + "5" * 40,
             ),
             orchestrator=account(ORCHESTRATOR).address,
             job_id=JOB_ID,

@@ -12,6 +12,7 @@ from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
 
 from shoal.contracts.records import ZERO_ADDRESS, Claim, EscrowState, Mined, StakeInfo
+from shoal.market.seal import SealedEpoch
 from shoal.network.identity import NodeIdentity, public_key_of, verify
 from shoal.network.port import Network
 from shoal.protocol.blob import BlobRef
@@ -20,9 +21,10 @@ from shoal.protocol.errors import ShoalError, Unavailable
 from shoal.protocol.ids import Digest, PeerId
 from shoal.protocol.job import EnvSpec, SamplingSpec
 from shoal.protocol.learning import GradientSpec, LoraSpec, LossSpec, OptimizerSpec
-from shoal.protocol.market import Bid, BidReceipt, Lease, TaskKind
+from shoal.protocol.market import Bid, Lease, TaskKind
+from shoal.protocol.merkle import unhex
 from shoal.protocol.node import (
-    BID_PROTOCOL,
+    COMMIT_PROTOCOL,
     FAILURE_PROTOCOL,
     HEARTBEAT_PROTOCOL,
     HELLO_PROTOCOL,
@@ -30,6 +32,7 @@ from shoal.protocol.node import (
     LEASE_PROTOCOL,
     PROTOCOL_VERSION,
     RESULT_PROTOCOL,
+    REVEAL_PROTOCOL,
     ContractAddresses,
     FailureReply,
     Heartbeat,
@@ -48,6 +51,7 @@ from shoal.protocol.node import (
 )
 from shoal.protocol.policy import BaseModelRef, ModelFile, PolicyVersion
 from shoal.protocol.result import Check, CheckName, Verdict
+from shoal.protocol.sealing import BidCommitment, BidReceipt, Reveals, SealNotice
 from shoal.protocol.signing import Domain, Signed, sign
 from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
 from shoal.worker.ports import AnyTask, TaskInput, TaskOutput
@@ -56,7 +60,12 @@ JOB_ID = "0x" + "a" * 64
 ESCROW = "0x" + "2" * 40
 DOMAIN = Domain(chain_id=31337, escrow=ESCROW)
 CONTRACTS = ContractAddresses(
-    token="0x" + "1" * 40, stake_vault="0x" + "3" * 40, job_escrow=ESCROW, provenance_log=ESCROW
+    token="0x" + "1" * 40,
+    stake_vault="0x" + "3" * 40,
+    job_escrow=ESCROW,
+    provenance_log=ESCROW,
+    fault_court="0x" + "4" * 40,
+    model_shares="0x" + "5" * 40,
 )
 ENVIRONMENTS = (EnvSpec(id="addition"),)
 NOW_MS = 1_790_000_000_000
@@ -203,6 +212,7 @@ class MemoryChain:
 
     def __init__(self, account: str, *, staked: int = 10_000_000, tokens: int = 0) -> None:
         self.account = account
+        self.token = self.vault = self.escrow = self
         self.staked = staked
         self.tokens = tokens
         self.wei = 10**18
@@ -220,7 +230,7 @@ class MemoryChain:
     async def eth_balance(self, account: str) -> int:
         return self.wei
 
-    async def token_balance(self, account: str) -> int:
+    async def balance(self, account: str) -> int:
         return self.tokens
 
     async def stake_of(self, account: str) -> StakeInfo:
@@ -238,7 +248,7 @@ class MemoryChain:
         self.nodes[node_key] = self.account
         return self._mined()
 
-    async def escrow(self, job_id: str) -> EscrowState:
+    async def job(self, job_id: str) -> EscrowState:
         return EscrowState(
             job_id=job_id,
             sponsor=ZERO_ADDRESS,
@@ -250,7 +260,8 @@ class MemoryChain:
             claimed_micros=self.paid,
             refunded_micros=0,
             closed=False,
-            refund_taken=False,
+            frozen=False,
+            bond_micros=0,
             pay_root=self.pay_root,
             ready_at_s=self.ready_at_s,
         )
@@ -274,6 +285,7 @@ class Inbox:
     def __init__(self) -> None:
         self.hellos: asyncio.Queue[HelloRequest] = asyncio.Queue()
         self.joins: asyncio.Queue[JoinRequest] = asyncio.Queue()
+        self.commitments: asyncio.Queue[BidCommitment] = asyncio.Queue()
         self.bids: asyncio.Queue[Signed[Bid]] = asyncio.Queue()
         self.results: asyncio.Queue[ResultMessage] = asyncio.Queue()
         self.failures: asyncio.Queue[LeaseFailure] = asyncio.Queue()
@@ -283,7 +295,8 @@ class Inbox:
 class OrchestratorDouble:
     """Answers a worker's requests, and offers it leases.
 
-    ``greeting`` and ``beat`` are what it answers with; a test replaces them.
+    ``greeting`` and ``beat`` are what it answers with; a test replaces them.  Each commitment
+    is sealed at once in a market epoch of its own, and the bid behind it asked for.
     """
 
     def __init__(self, network: Network, identity: NodeIdentity) -> None:
@@ -291,6 +304,9 @@ class OrchestratorDouble:
         self.identity = identity
         self.account: LocalAccount = EthAccount.create()
         self.inbox = Inbox()
+        self.committed: list[str] = []
+        self._next_epoch = 0
+        self._seals: set[asyncio.Task[None]] = set()
         self.refuse_result: ShoalError | None = None
         self.refuse_beat: ShoalError | None = None
         self.greeting = HelloReply(
@@ -307,12 +323,16 @@ class OrchestratorDouble:
         )
         self.jobs: tuple[OpenJob, ...] = (self.open_job(),)
         self.beat = HeartbeatReply(
-            revoked=(), verdicts=(), open_jobs=self.jobs, idle_reason=IdleReason.STARTING
+            revoked=(),
+            verdicts=(),
+            open_jobs=self.jobs,
+            market_epoch=0,
+            idle_reason=IdleReason.STARTING,
         )
         for protocol, handler in {
             HELLO_PROTOCOL: self._on_hello,
             JOIN_PROTOCOL: self._on_join,
-            BID_PROTOCOL: self._on_bid,
+            COMMIT_PROTOCOL: self._on_commitment,
             RESULT_PROTOCOL: self._on_result,
             FAILURE_PROTOCOL: self._on_failure,
             HEARTBEAT_PROTOCOL: self._on_beat,
@@ -348,6 +368,8 @@ class OrchestratorDouble:
             "lease_id": f"lease_{number:08d}",
             "lease_epoch": lease_epoch,
             "lot_id": "lot_00000000",
+            "certificate_sha256": "0" * 64,
+            "rung": 0,
             "job_id": task.job_id,
             "task_id": task.task_id,
             "task_sha256": task.digest(),
@@ -402,14 +424,67 @@ class OrchestratorDouble:
         signature = bytes.fromhex(request.bound_node.node_signature[2:])
         assert verify(public_key_of(peer), binding.record.node_message(), signature)
         self.inbox.joins.put_nowait(request)
-        return JoinReply(open_jobs=self.jobs).encode()
+        return JoinReply(open_jobs=self.jobs, market_epoch=self.beat.market_epoch).encode()
 
-    async def _on_bid(self, peer: PeerId, payload: bytes) -> bytes:
-        bid = Signed[Bid].decode(payload)
-        bid.require_signer(self.greeting.domain, bid.record.account)
-        self.inbox.bids.put_nowait(bid)
-        receipt = BidReceipt(bid_sha256=bid.record.digest(), received_at_ms=NOW_MS)
-        return sign(receipt, self.greeting.domain, self.account).encode()
+    def receipt(self, sealed: BidCommitment, **changes: Any) -> Signed[BidReceipt]:
+        """The receipt for ``sealed``; ``changes`` falsify its fields."""
+        fields: dict[str, Any] = {
+            **sealed.model_dump(),
+            "epoch_from": max(sealed.epoch_from, self._next_epoch),
+            "received_at_ms": NOW_MS,
+            "seq": len(self.committed),
+        }
+        return sign(BidReceipt(**{**fields, **changes}), self.greeting.domain, self.account)
+
+    def notice(
+        self,
+        commitments: Sequence[str],
+        *,
+        epoch: int = 0,
+        wanted: Sequence[str] | None = None,
+        signer: LocalAccount | None = None,
+    ) -> SealNotice:
+        """The book of exactly these commitments, sealed; all are asked for by default."""
+        names = [unhex(name) for name in commitments]
+        sealed = SealedEpoch.of(epoch, names, sealed_at_ms=NOW_MS)
+        return SealNotice(
+            seal=sign(sealed.seal, self.greeting.domain, signer or self.account),
+            proofs=tuple(sealed.inclusion(name) for name in commitments),
+            wanted=tuple(commitments if wanted is None else wanted),
+        )
+
+    async def show(self, node: PeerId, notice: SealNotice) -> Reveals:
+        """What the worker answers to the seal."""
+        raw = await self.network.request(node, REVEAL_PROTOCOL, notice.encode(), timeout_s=5)
+        return Reveals.decode(raw)
+
+    async def _on_commitment(self, peer: PeerId, payload: bytes) -> bytes:
+        sealed = BidCommitment.decode(payload)
+        self.inbox.commitments.put_nowait(sealed)
+        receipt = self.receipt(sealed)
+        if sealed.commitment not in self.committed:
+            self.committed.append(sealed.commitment)
+        # After the reply: a worker shows what it holds a receipt for.
+        task = asyncio.create_task(self._seal(peer, sealed))
+        self._seals.add(task)
+        task.add_done_callback(self._seals.discard)
+        return receipt.encode()
+
+    async def _seal(self, peer: PeerId, sealed: BidCommitment) -> None:
+        wanted = [sealed.commitment]
+        notice = self.notice(self.committed, epoch=self._next_epoch, wanted=wanted)
+        self._next_epoch += 1
+        reveals = Reveals(reveals=())
+        try:
+            while not reveals.reveals:
+                await asyncio.sleep(0.001)
+                reveals = await self.show(peer, notice)
+        except ShoalError:
+            return
+        for reveal in reveals.reveals:
+            assert reveal.commitment(self.greeting.domain) == sealed.commitment
+            reveal.signed.require_signer(self.greeting.domain, reveal.signed.record.account)
+            self.inbox.bids.put_nowait(reveal.signed)
 
     async def _on_result(self, peer: PeerId, payload: bytes) -> bytes:
         message = ResultMessage.decode(payload)

@@ -98,7 +98,7 @@ async def run_job(spec: JobSpec, root: Path, profiles: tuple[WorkerProfile, ...]
                 raise InvariantBroken(f"The job ended as {view.state}: {view.reason}.")
             path = root / "bundle.json"
             path.write_bytes(await final_bundle(client, view.job_id))
-            head, _ = await gateway.provenance_head(view.job_id)
+            head, _ = await gateway.provenance.head(gateway.escrow.address, view.job_id)
     before, after = (
         Estimate(
             value=item.accuracy, interval=Interval(low=item.accuracy_low, high=item.accuracy_high)

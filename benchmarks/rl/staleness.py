@@ -3,7 +3,8 @@
 Trains the acceptance workload in one process, every batch sampled exactly so many policy
 versions before the one it updates, and prints a Markdown table.  ``clip`` is the default
 correction, ``decoupled`` weights by truncated π_prox/μ, ``none`` takes old samples for new
-ones: the negative control.  Each run is judged against the synchronous ones.
+ones: the negative control.  Each run is judged against the synchronous ones.  A run that is on
+record (the file ``runs.json`` of ``--work``) is not done again.
 
     python -m benchmarks.rl.staleness --seeds 3
     python -m benchmarks.rl.staleness --seeds 1 --updates 60 --staleness 4 --only clip none
@@ -14,12 +15,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.rl.record import Record
 from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, JobSpec, SamplingSpec
 from shoal.protocol.learning import (
     CorrectionSpec,
@@ -30,7 +32,7 @@ from shoal.protocol.learning import (
     RatioBound,
 )
 from shoal.rl.base_models import fetch_base
-from shoal.rl.local import LocalRun, train_locally
+from shoal.rl.local import train_locally
 
 CORRECTIONS: dict[str, CorrectionSpec] = {
     "clip": CorrectionSpec(),
@@ -49,32 +51,43 @@ WINDOW = 10
 """Updates over which the training reward is averaged when its lowest point is looked for."""
 
 
+METRICS = ("mismatch_kl/mean", "clip_ratio/region_mean", "is_masked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One finished run: held-out avg@k at its end, training reward by update, mean metrics."""
+
+    after: float
+    rewards: Sequence[float]
+    metrics: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """The runs of one staleness and correction, one for each seed."""
 
     staleness: int
     correction: str
-    runs: tuple[LocalRun, ...]
+    runs: tuple[Run, ...]
 
     @property
     def accuracies(self) -> list[float]:
         """Held-out avg@k after each run."""
-        return [run.reward_after for run in self.runs]
+        return [run.after for run in self.runs]
 
     @property
     def lowest(self) -> float:
         """The lowest training reward on the way, of any seed."""
         return min(
-            statistics.fmean(step.reward for step in run.steps[start : start + WINDOW])
+            statistics.fmean(run.rewards[start : start + WINDOW])
             for run in self.runs
-            for start in range(0, len(run.steps), WINDOW)
+            for start in range(0, len(run.rewards), WINDOW)
         )
 
     def metric(self, name: str) -> float:
-        """The mean of a metric over all updates that had one."""
-        values = [s.update.metrics[name] for r in self.runs for s in r.steps if s.update.metrics]
-        return statistics.fmean(values)
+        """The mean of a metric over the runs."""
+        return statistics.fmean(run.metrics[name] for run in self.runs)
 
 
 def job(seed: int, updates: int, staleness: int, correction: str) -> JobSpec:
@@ -104,17 +117,15 @@ def job(seed: int, updates: int, staleness: int, correction: str) -> JobSpec:
     )
 
 
-def measure(staleness: int, correction: str, args: argparse.Namespace, folder: Path) -> Row:
-    """One staleness and correction over all seeds."""
-    runs = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        run = train_locally(job(seed, args.updates, staleness, correction), folder)
-        sys.stderr.write(
-            f"staleness {staleness}, {correction}, seed {seed}: "
-            f"{run.reward_before:.3f} -> {run.reward_after:.3f} in {run.cpu_s:.0f} CPU s\n"
-        )
-        runs.append(run)
-    return Row(staleness=staleness, correction=correction, runs=tuple(runs))
+def measure(spec: JobSpec, folder: Path) -> Run:
+    """One run of ``spec``; a metric is the mean over the updates that had one."""
+    run = train_locally(spec, folder)
+    seen = [step.update.metrics for step in run.steps if step.update.metrics]
+    return Run(
+        after=run.reward_after,
+        rewards=[step.reward for step in run.steps],
+        metrics={name: statistics.fmean(metrics[name] for metrics in seen) for name in METRICS},
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -145,18 +156,30 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/staleness"))
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache/shoal/models")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.models.mkdir(parents=True, exist_ok=True)
     folder = fetch_base("builtin:tiny-addition", args.models, allow_local=False)
+    record = Record(args.work / "runs.json")
+
+    def row(staleness: int, correction: str) -> Row:
+        found = [
+            record.find_or_do(
+                f"staleness {staleness}, {correction}, seed {seed}",
+                job(seed, args.updates, staleness, correction),
+                lambda spec: asdict(measure(spec, folder)),
+            )
+            for seed in range(args.first_seed, args.first_seed + args.seeds)
+        ]
+        return Row(
+            staleness=staleness, correction=correction, runs=tuple(Run(**run) for run in found)
+        )
+
     # Without staleness every correction is the same: there is nothing to correct.
-    rows = [measure(0, "clip", args, folder)]
-    rows += [
-        measure(staleness, correction, args, folder)
-        for staleness in args.staleness
-        for correction in args.only
-    ]
+    rows = [row(0, "clip")]
+    rows += [row(staleness, correction) for staleness in args.staleness for correction in args.only]
     sys.stdout.write(table(rows))
 
 

@@ -65,7 +65,7 @@ def on_chain(tmp_path: Path, use: Use, *, micros: int, changes: dict[str, Any]) 
             async with await ChainGateway.connect(
                 chain.rpc_url, deployment, dev_account(0)
             ) as faucet:
-                await faucet.fund(account.address, 10**18, micros)
+                await faucet.token.fund(account.address, 10**18, micros)
             domain = {"chain_id": deployment.chain_id, "escrow": deployment.job_escrow}
             info = MarketInfo.model_validate(INFO | {"domain": domain})
             async with await ChainGateway.connect(chain.rpc_url, deployment, account) as gateway:
@@ -80,9 +80,9 @@ def test_the_whole_budget_is_in_escrow(tmp_path: Path) -> None:
 
     async def use(client: Answers, gateway: ChainGateway, account: LocalAccount) -> None:
         submitted = await submit_job(client, gateway, spec, account)
-        state = await gateway.escrow(submitted.job_id)
+        state = await gateway.escrow.job(submitted.job_id)
         assert (state.funded_micros, state.coordinator) == (budget, COORDINATOR)
-        assert await gateway.token_balance(account.address) == 5
+        assert await gateway.token.balance(account.address) == 5
         assert client.received is not None
         client.received.require_signer((await client.info()).domain, account.address)
 
@@ -104,7 +104,7 @@ def test_nothing_is_paid_for_another_job(tmp_path: Path, changes: dict[str, Any]
     async def use(client: Answers, gateway: ChainGateway, account: LocalAccount) -> None:
         with pytest.raises(PeerFault, match="nothing was paid"):
             await submit_job(client, gateway, spec, account)
-        assert await gateway.token_balance(account.address) == budget
+        assert await gateway.token.balance(account.address) == budget
 
     on_chain(tmp_path, use, micros=budget, changes=changes)
 
@@ -117,7 +117,7 @@ def test_an_account_without_the_budget_sends_nothing(tmp_path: Path) -> None:
             await submit_job(client, gateway, spec, account)
         assert client.received is None
         with pytest.raises(NotFound):
-            await gateway.escrow("0x" + "12" * 32)
+            await gateway.escrow.job("0x" + "12" * 32)
 
     on_chain(tmp_path, use, micros=spec.budget.max_total_micros - 1, changes={})
 
@@ -126,17 +126,17 @@ def test_what_no_epoch_committed_comes_back_once_the_escrow_is_closed(tmp_path: 
     async def use(client: Answers, gateway: ChainGateway, account: LocalAccount) -> None:
         digest = b"\x01" * 32
         deadline_s = await gateway.now_s() + 1_000
-        await gateway.open_job(digest, account.address, 900, deadline_s)
+        await gateway.escrow.open_job(digest, account.address, 900, deadline_s)
         job_id = job_id_of(account.address, digest)
         with pytest.raises(InvalidRequest, match=r"from \d{4}-\d\d-\d\d .* UTC on") as caught:
             await refund_rest(gateway, job_id)
         assert caught.value.code == "refund_too_early"
-        assert await gateway.token_balance(account.address) == 100
-        await gateway.close_job(job_id)
+        assert await gateway.token.balance(account.address) == 100
+        await gateway.escrow.close_job(job_id)
         first, second = [await refund_rest(gateway, job_id) for _ in range(2)]
         assert first == Refund(refunded_micros=900, sent_now=True)
         assert second == Refund(refunded_micros=900, sent_now=False)
-        assert await gateway.token_balance(account.address) == 1_000
+        assert await gateway.token.balance(account.address) == 1_000
         with pytest.raises(NotFound):
             await refund_rest(gateway, "0x" + "12" * 32)
 
@@ -148,10 +148,10 @@ def test_an_escrow_past_its_deadline_is_refunded_though_nobody_closed_it(tmp_pat
         digest = b"\x02" * 32
         # The chain's clock moves with its blocks; two more pass this deadline.
         deadline_s = await gateway.now_s() + 2
-        await gateway.open_job(digest, account.address, 1_000, deadline_s)
+        await gateway.escrow.open_job(digest, account.address, 1_000, deadline_s)
         job_id = job_id_of(account.address, digest)
         while await gateway.now_s() < deadline_s:
-            await gateway.transfer(account.address, 0)
+            await gateway.token.transfer(account.address, 0)
         assert await refund_rest(gateway, job_id) == Refund(refunded_micros=1_000, sent_now=True)
 
     on_chain(tmp_path, use, micros=1_000, changes={})

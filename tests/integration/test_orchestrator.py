@@ -117,7 +117,7 @@ class World:
             },
         )
         credentials = worker_main.load_credentials(config)
-        await self.faucet.fund(credentials.address, 10**18, STAKE_MICROS)
+        await self.faucet.token.fund(credentials.address, 10**18, STAKE_MICROS)
         stop = asyncio.Event()
         async with contextlib.AsyncExitStack() as resources:
             store = BlobStore(config.folder / "blobs", 1 << 30)
@@ -191,8 +191,8 @@ async def market(folder: Path, model: Path, database_url: str = "") -> AsyncIter
             )
             for account in (dev_account(0), requester)
         ]
-        await faucet.fund(coordinator.address, 10**19, 0)
-        await faucet.fund(requester.address, 10**18, BUDGET_MICROS)
+        await faucet.token.fund(coordinator.address, 10**19, 0)
+        await faucet.token.fund(requester.address, 10**18, BUDGET_MICROS)
         yield World(
             folder=folder,
             rpc_url=anvil.rpc_url,
@@ -209,6 +209,7 @@ async def market(folder: Path, model: Path, database_url: str = "") -> AsyncIter
                 database_url=database_url,
                 api_port=free_port(),
                 allow_local_models=True,
+                chain_depth=0,
                 heartbeat_ms=100,
                 epoch_ms=300,
             ),
@@ -231,12 +232,12 @@ async def until_event(client: ShoalClient, job_id: str, wanted: str) -> None:
 
 async def check_settled(world: World, job_id: str, accounts: list[str]) -> Counter[str]:
     """Money and provenance of an ended job add up; what each account was paid."""
-    await world.requester.refund(job_id)
-    escrow = await world.faucet.escrow(job_id)
+    await world.requester.escrow.refund(job_id)
+    escrow = await world.faucet.escrow.job(job_id)
     assert escrow.closed
     assert escrow.funded_micros == BUDGET_MICROS
     assert escrow.funded_micros == escrow.claimed_micros + escrow.refunded_micros
-    assert await world.faucet.token_balance(world.account.address) == escrow.refunded_micros
+    assert await world.faucet.token.balance(world.account.address) == escrow.refunded_micros
     leases: list[LeaseRow] = world.rows(LeaseRow)
     owed: Counter[str] = Counter()
     for lease in leases:
@@ -248,12 +249,12 @@ async def check_settled(world: World, job_id: str, accounts: list[str]) -> Count
         else:
             assert lease.pay_micros == 0
     for account in accounts:
-        assert await world.faucet.claimed(job_id, account) == owed[account]
-        assert await world.faucet.token_balance(account) == owed[account]
+        assert await world.faucet.escrow.claimed(job_id, account) == owed[account]
+        assert await world.faucet.token.balance(account) == owed[account]
     assert escrow.claimed_micros == owed.total() > 0
 
     run_dir = world.config.data_dir / "jobs" / job_id
-    head, count = await world.faucet.provenance_head(job_id)
+    head, count = await world.faucet.provenance.head(world.faucet.escrow.address, job_id)
     bundle = read_bundle(run_dir / "bundle.json")
     report = verify_bundle(bundle, run_dir / "adapter", pinned_head=head)
     assert report.passed, report.text()

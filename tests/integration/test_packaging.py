@@ -102,7 +102,7 @@ except SystemExit as stop:
 _LIGHT = {
     "help": _HELP,
     "planning": "import shoal.rl.prompts, shoal.rl.environments, shoal.rl.addition",
-    "auction": "import shoal.market.auction, shoal.market.book, shoal.market.lease",
+    "auction": "import shoal.market.clearing, shoal.market.sealing, shoal.market.replay",
     "settlement": "import shoal.market.settlement",
     "jobfile": "import shoal.client.jobfile",
 }

@@ -107,7 +107,7 @@ class Market:
             num_tasks=3,
             num_statements=3,
         )
-        await self.coordinator.post_epoch(post)
+        await self.coordinator.escrow.post_epoch(post)
         self.payouts[account] = {
             "job_id": self.job_id,
             "epoch": 1,
@@ -125,9 +125,9 @@ async def market(directory: Path) -> AsyncIterator[Market]:
         anvil = await stack.enter_async_context(Anvil(directory / "chain"))
         deployment = await deploy(anvil.rpc_url, dev_account(0))
         faucet, requester, coordinator = await _gateways(stack, anvil.rpc_url, deployment)
-        await faucet.fund(requester.account, 0, BUDGET_MICROS)
+        await faucet.token.fund(requester.account, 0, BUDGET_MICROS)
         deadline_s = await faucet.now_s() + 86_400
-        await requester.open_job(JOB_DIGEST, coordinator.account, BUDGET_MICROS, deadline_s)
+        await requester.escrow.open_job(JOB_DIGEST, coordinator.account, BUDGET_MICROS, deadline_s)
         job_id = _job_id(requester.account)
 
         folder = _tiny_base(directory / "model")
@@ -327,27 +327,27 @@ def test_a_worker_stakes_works_is_paid_and_leaves(tmp_path: Path) -> None:
         async with market(tmp_path) as world:
             directory = tmp_path / "worker"
             account: LocalAccount = load_or_create_account(directory / "account.json")
-            await world.chain.fund(account.address, 10**18, STAKE_MICROS)
+            await world.chain.token.fund(account.address, 10**18, STAKE_MICROS)
             async with worker_process(world.options(directory)) as process:
                 async with asyncio.timeout(100):
                     joined = await world.double.inbox.joins.get()
                     node = PeerId(joined.bound_node.binding.record.node)
                     bid = (await world.double.inbox.bids.get()).record
                     assert (bid.account, bid.node) == (account.address, node)
-                    stake = await world.chain.stake_of(account.address)
+                    stake = await world.chain.vault.stake_of(account.address)
                     assert stake.active_micros == STAKE_MICROS
                     key = public_key_of(node)
-                    assert await world.chain.node_owner(key) == account.address
+                    assert await world.chain.vault.node_owner(key) == account.address
                     await _work(world, node, account.address)
                     await world.owe(account.address, 12_345)
                     while '"paid"' not in (directory / "log.jsonl").read_text():
                         await world.double.inbox.beats.get()
-                    assert await world.chain.claimed(world.job_id, account.address) == 12_345
+                    assert await world.chain.escrow.claimed(world.job_id, account.address) == 12_345
                     rss_kib = peak_rss_kib(process.pid)
                     process.send_signal(signal.SIGTERM)
                 async with asyncio.timeout(30):
                     assert await process.wait() == 0
-            assert await world.chain.token_balance(account.address) == 12_345
+            assert await world.chain.token.balance(account.address) == 12_345
             assert rss_kib <= MAX_RSS_KIB, f"the worker peaked at {rss_kib // 1024} MiB"
             log = (directory / "log.jsonl").read_text()
             lines = [json.loads(line) for line in log.splitlines()]

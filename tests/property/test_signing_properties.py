@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.canonical import canonical_bytes
+from shoal.protocol.certificate import ClearingCertificate
 from shoal.protocol.job import Job, JobCommand
-from shoal.protocol.market import Bid, BidReceipt, Lease
+from shoal.protocol.market import Bid, Lease
 from shoal.protocol.node import NodeBinding
 from shoal.protocol.result import Receipt, Verdict
+from shoal.protocol.sealing import BidCancel, BidReceipt, BookSeal
 from shoal.protocol.signing import Domain, SignableRecord, _typed
 
 MAX_INT = 2**53 - 1
@@ -28,12 +30,24 @@ values = st.recursive(
     max_leaves=20,
 )
 
-_BOUNDS = {"uint32": 2**32 - 1, "uint64": 2**64 - 1, "uint96": 2**96 - 1}
+_BOUNDS = {"uint8": 2**8 - 1, "uint32": 2**32 - 1, "uint64": 2**64 - 1, "uint96": 2**96 - 1}
 
 
 @settings(max_examples=300, deadline=None)
 @given(value=values)
 def test_the_canonical_form_is_rfc_8785s(value: object) -> None:
+    assert canonical_bytes(value) == rfc8785.dumps(value)  # type: ignore[arg-type]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    digits=st.integers(-(10**17), 10**17),
+    exponent=st.integers(-24, 8),
+)
+def test_floats_are_rfc_8785s_on_both_sides_of_where_the_writers_part(
+    digits: int, exponent: int
+) -> None:
+    value = {"value": [float(f"{digits}e{exponent}"), float(f"1e{exponent}"), -0.0]}
     assert canonical_bytes(value) == rfc8785.dumps(value)  # type: ignore[arg-type]
 
 
@@ -61,7 +75,19 @@ def message_of(data: st.DataObject, record: type[SignableRecord]) -> dict[str, o
 @given(
     data=st.data(),
     record=st.sampled_from(
-        [Job, JobCommand, Bid, BidReceipt, Lease, NodeBinding, Receipt, Verdict]
+        [
+            Job,
+            JobCommand,
+            Bid,
+            BidReceipt,
+            BidCancel,
+            BookSeal,
+            ClearingCertificate,
+            Lease,
+            NodeBinding,
+            Receipt,
+            Verdict,
+        ]
     ),
     chain_id=st.integers(1, MAX_INT),
 )

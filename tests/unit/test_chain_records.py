@@ -16,8 +16,8 @@ from web3.exceptions import ContractCustomError, Web3RPCError
 from shoal.contracts.anvil import dev_account
 from shoal.contracts.artefact import CONTRACTS, artefact, error_types
 from shoal.contracts.build import SETTINGS, checkout_root, source_digests
+from shoal.contracts.connection import job_id_bytes
 from shoal.contracts.deployment import load_deployment, store_deployment
-from shoal.contracts.reader import job_id_bytes
 from shoal.contracts.records import Claim, Deployment
 from shoal.contracts.rejection import chain_errors, decode_revert
 from shoal.protocol.errors import ChainRejected, InvalidRequest, Unavailable
@@ -32,6 +32,8 @@ def deployment() -> Deployment:
         stake_vault=HERE,
         job_escrow=HERE,
         provenance_log=HERE,
+        fault_court=HERE,
+        model_shares=HERE,
         block_number=3,
     )
 

@@ -271,13 +271,13 @@ def test_funding_is_watched_through_a_chain_that_comes_and_goes(
             intake = Intake(lab.context, lab.orchestrator.journal, started.put)
             row = await intake.submit(Desk(lab, base).job())
             asked = asyncio.Event()
-            answer = lab.chain._answer
+            answer = lab.chain.answer
 
             def ask() -> None:
                 asked.set()
                 answer()
 
-            monkeypatch.setattr(lab.chain, "_answer", ask)
+            monkeypatch.setattr(lab.chain, "answer", ask)
             lab.chain.down = True
             lab.start(intake.watch_funding())
             await asked.wait()

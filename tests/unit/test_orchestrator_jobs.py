@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from deliveries import made_up_delivery
 from learning_fixtures import write_base
-from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, Sale, open_lab, run
+from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, MemoryChain, Sale, open_lab, run
 
 from shoal.network.identity import NodeIdentity
 from shoal.orchestrator.jobrun import JobRun
@@ -178,7 +178,7 @@ def test_a_restart_while_settling_goes_on_to_the_same_end_and_releases_once(
 ) -> None:
     node = NodeIdentity.generate()
 
-    async def begin() -> tuple[str, Any]:
+    async def begin() -> tuple[str, Any, MemoryChain]:
         async with open_lab(tmp_path, allow_local_models=True, identity=node) as lab:
 
             async def play(job_run: JobRun) -> None:
@@ -193,19 +193,21 @@ def test_a_restart_while_settling_goes_on_to_the_same_end_and_releases_once(
             while True:
                 change = journal.next_change(job)
                 if any(e.type == "model_published" for e in await journal.events(job, 0)):
-                    return job, lab.chain.escrows
+                    return job, lab.context.account, lab.chain
                 await change.wait()
 
-    job, escrows = run(begin)
+    job, account, chain = run(begin)
+    chain.down = False
 
     async def go_on() -> None:
-        async with open_lab(tmp_path, allow_local_models=True, identity=node) as lab:
+        async with open_lab(
+            tmp_path, allow_local_models=True, identity=node, account=account, chain=chain
+        ) as lab:
 
             async def never(job_run: JobRun) -> None:
                 raise AssertionError("a job that is being settled must not train on")
 
             plays(monkeypatch, never)
-            lab.chain.escrows = escrows
             await lab.orchestrator.jobs.resume()
             row = await ended(lab, job)
             assert (row.state, row.reason) == ("paused", "No money is left.")

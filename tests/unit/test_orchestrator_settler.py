@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from orchestrator_lab import ADDRESSES, DOMAIN, Lab, open_lab, run
 
-from shoal.contracts.records import PostedEpoch
+from shoal.contracts.records import EpochPost
 from shoal.market.settlement import PayEntry
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.store.tables import EpochRow, JobRow, LeaseRow, LotRow
@@ -143,13 +143,13 @@ def test_a_receipt_lost_after_the_post_is_recovered_without_a_second_post(
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
             await pay(lab, job, ALICE, 300)
-            lab.chain.lose_receipt = True
+            lab.chain.fail_after_post = True
             with pytest.raises(Unavailable):
                 await lab.orchestrator.settler.settle(job)
             assert [row.tx_hash for row in await epochs(lab)] == [None]
-            chain = lab.chain
-        async with open_lab(tmp_path) as lab:
-            lab.chain.posted, lab.chain.escrows = chain.posted, chain.escrows
+            chain, account = lab.chain, lab.context.account
+        chain.down = False
+        async with open_lab(tmp_path, account=account, chain=chain) as lab:
             await lab.orchestrator.journal.adopt(job)
             await lab.orchestrator.settler.adopt(job)
             assert not await lab.orchestrator.settler.settle(job)
@@ -165,11 +165,14 @@ def test_another_root_under_our_number_is_never_taken_for_ours(tmp_path: Path) -
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
             await pay(lab, job, ALICE, 300)
-            lab.chain.lose_receipt = True
+            lab.chain.down = True
             with pytest.raises(Unavailable):
                 await lab.orchestrator.settler.settle(job)
-            mine = lab.chain.posted[0]
-            lab.chain.posted[0] = PostedEpoch(**{**mine.model_dump(), "pay_root": "0x" + "e" * 64})
+            lab.chain.down = False
+            row = (await epochs(lab))[0]
+            foreign = {field: getattr(row, field) for field in EpochPost.model_fields}
+            foreign["pay_root"] = "0x" + "e" * 64
+            lab.chain.ledger.steal_nonce(lab.chain.post_call(EpochPost(**foreign)).data)
             with pytest.raises(InvariantBroken):
                 await lab.orchestrator.settler.settle(job)
             lab.chain.posted = []
@@ -294,9 +297,9 @@ def test_a_restart_goes_on_in_the_same_epoch_and_log(tmp_path: Path) -> None:
             await pay(lab, job, ALICE, 300)
             await lab.orchestrator.settler.settle(job)
             await pay(lab, job, BOB, 100)
-            chain = lab.chain
-        async with open_lab(tmp_path) as lab:
-            lab.chain.posted, lab.chain.escrows = chain.posted, chain.escrows
+            chain, account = lab.chain, lab.context.account
+        chain.down = False
+        async with open_lab(tmp_path, account=account, chain=chain) as lab:
             journal, settler = lab.orchestrator.journal, lab.orchestrator.settler
             await journal.adopt(job)
             ledger = await settler.adopt(job)
