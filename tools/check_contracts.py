@@ -44,7 +44,9 @@ def test_with_forge(environment: dict[str, str]) -> None:
 
 def prove_with_halmos(environment: dict[str, str]) -> None:
     """What ``test/Proofs.t.sol`` states is proved, and of a contract that breaks it, refuted."""
-    prove = ("halmos", "--no-status", "--function", "check_", "--contract")
+    # The default of a minute for one question to the solver is short on a busy machine.
+    patience = ("--solver-timeout-assertion", "300s")
+    prove = ("halmos", "--no-status", *patience, "--function", "check_", "--contract")
     if run(environment, *prove, "Proofs"):
         raise CheckFailed("Halmos does not prove what test/Proofs.t.sol states; see above.")
     report = SOLIDITY / "out" / "halmos-control.json"

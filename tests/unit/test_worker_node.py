@@ -251,9 +251,13 @@ def test_a_bid_receipt_signed_by_another_is_not_kept(
     async def script(world: World) -> None:
         world.double.account = EthAccount.create()
         await world.join()
-        # A fourth bid is the first one sent anew: no receipt for it was kept.
-        for _ in range(len(TaskKind) + 1):
-            await world.next(world.double.inbox.bids)
+        # A fourth commitment is the first one sent anew: no receipt for it was kept.
+        names = [
+            (await world.next(world.double.inbox.commitments)).commitment
+            for _ in range(len(TaskKind) + 1)
+        ]
+        assert names[0] in names[1:]
+        assert world.double.inbox.bids.empty()
 
     drive(script)
     assert events(caplog, "bid_failed")
@@ -389,8 +393,9 @@ def test_a_worker_cut_off_comes_back_and_hands_in_what_it_computed(drive: Drive)
         await world.next(world.double.inbox.joins)
         message = await world.next(world.double.inbox.results)
         assert message.result.lease_id == "lease_00000000"
-        # The new orchestrator may hold none of the old bids: they are all sent again.
-        await world.next(world.double.inbox.bids)
+        # The new orchestrator may hold none of the old bids: the same are all sent again.
+        again = {(await world.next(world.double.inbox.commitments)).commitment for _ in TaskKind}
+        assert again == set(before.committed)
 
     drive(script)
 

@@ -107,6 +107,10 @@ class RunningLadder(Generic[_P]):
             )
         self._failed_on.setdefault(parcel, []).append(rung)
 
+    def note_earlier_failure(self, parcel: _P) -> None:
+        """The parcel failed on a rung of an earlier clearing, which counts all the same."""
+        self._earlier[parcel] = self._earlier.get(parcel, 0) + 1
+
     def num_failures(self, parcel: _P) -> int:
         """How often the parcel has failed since its reserve was last raised."""
         return self._earlier.get(parcel, 0) + len(self._failed_on.get(parcel, ()))

@@ -24,7 +24,7 @@ from shoal.orchestrator.store.tables import CertificateRow, LotRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
 from shoal.protocol.canonical import canonical_bytes
-from shoal.protocol.certificate import ClearingCertificate, ClearingRule, Rung
+from shoal.protocol.certificate import ClearingCertificate, ClearingRule, ReserveTerms, Rung
 from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unavailable
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import CERTIFICATES_TOPIC, LOTS_TOPIC, IdleReason
@@ -164,6 +164,10 @@ class Auctioneer:
         self._shares.forget(job_id)
         self._dispatcher.forget_job(job_id)
 
+    def forget_job(self, job_id: str) -> None:
+        """The job is over for good: its bids compete no more, and their nonces are forgotten."""
+        self._sealer.forget_job(job_id)
+
     async def run(self) -> None:
         """Runs for ever: places whatever can be placed whenever something has changed."""
         while True:
@@ -245,24 +249,25 @@ class Auctioneer:
         market, placement = self._sealer.market, workload.placement
         if market is None:
             return placement
+        reserve = workload.reserve
         if placement is not None and placement.needs_clearing(parcel):
             if placement.raises_reserve(parcel):
-                workload.reserve = raised(workload.reserve)
+                reserve = raised(reserve)
         elif placement is not None and placement.epoch == market.book.epoch:
             return placement
-        workload.placement = await self._clear(workload)
+        workload.placement = await self._clear(workload, reserve, parcel)
+        # Only now: a clearing that could not be written down is tried again as it was.
+        workload.reserve = reserve
         return workload.placement
 
-    async def _clear(self, workload: Workload) -> Placement:
-        """What still waits of the lot is auctioned over the present book, once."""
+    async def _clear(self, workload: Workload, reserve: ReserveTerms, parcel: Parcel) -> Placement:
+        """What waits of the lot, and the parcel, is auctioned over the present book, once."""
         terms = self._record.terms(workload)
-        cleared, certificate = self._auction(workload, terms)
+        sizes = [len(units) for units in {*workload.waiting, parcel}]
+        cleared, certificate, posted_micros = self._auction(workload, reserve, sizes, terms)
         signed = sign(certificate, self._context.domain, self._context.account)
-        before = workload.placement
-        earlier = {} if before is None else before.carried(workload.waiting)
-        placement = Placement.of(signed, cleared, earlier)
         row = CertificateRow(
-            sha256=placement.sha256,
+            sha256=certificate.digest(),
             job_id=workload.lot.job_id,
             lot_id=workload.lot.lot_id,
             epoch=certificate.epoch,
@@ -272,17 +277,22 @@ class Auctioneer:
         )
         # Before any lease cites it.
         await self._context.database.run(lambda session: session.add(row))
+        # A task that is only done twice is no new demand.
+        if posted_micros is not None and workload.waiting:
+            self._posted[workload.lot.job_id, workload.kind] = posted_micros
         await self.announce(CERTIFICATES_TOPIC, signed)
-        return placement
+        before = workload.placement
+        earlier = {} if before is None else before.carried(workload.undelivered)
+        return Placement.of(signed, cleared, earlier)
 
     def _auction(
-        self, workload: Workload, terms: TermsTable
-    ) -> tuple[Cleared, ClearingCertificate]:
+        self, workload: Workload, reserve: ReserveTerms, sizes: list[int], terms: TermsTable
+    ) -> tuple[Cleared, ClearingCertificate, int | None]:
+        """The clearing and its certificate; under the posted rule, the next lot's price too."""
         market = self._sealer.market
         if market is None:
             raise Unavailable("No bid has been sealed yet.", code="no_book")
-        sizes = workload.sizes()
-        update = {"num_units": sum(sizes), "reserve_micros": workload.reserve.reserve_micros}
+        update = {"num_units": sum(sizes), "reserve_micros": reserve.reserve_micros}
         lot = workload.lot.model_copy(update=update)
         session = Session(
             seal=market.seal.record,
@@ -290,26 +300,26 @@ class Auctioneer:
             terms=terms,
             head=market.head,
         )
-        key = lot.job_id, workload.kind
+        posted = self._posted.get((lot.job_id, workload.kind), lot.reserve_micros)
         while True:
-            posted = self._posted.get(key, lot.reserve_micros)
             cleared, certificate = clear_and_certify(
                 Auction(lot=lot, parcels=parcels_of(sizes), posted_micros=posted),
-                workload.reserve,
+                reserve,
                 session,
                 issued_at_ms=self._context.time.now_ms(),
             )
             if cleared.rule is not ClearingRule.POSTED:
-                return cleared, certificate
-            self._posted[key] = next_posted_price(
+                return cleared, certificate, None
+            following = next_posted_price(
                 cleared.clearing_price_micros,
                 demand_units=lot.num_units,
                 supply_units=cleared.supply_units,
                 reserve_micros=lot.reserve_micros,
             )
             # A price nobody takes is no price: the lot waits for nobody but a dearer one.
-            if len(cleared.ladder) or self._posted[key] <= cleared.clearing_price_micros:
-                return cleared, certificate
+            if len(cleared.ladder) or following <= cleared.clearing_price_micros:
+                return cleared, certificate, following
+            posted = following
 
     def _ready_nodes(self, workload: Workload) -> list[str]:
         """The nodes that have room for the workload's kind and may work on it now."""
@@ -361,13 +371,16 @@ class Auctioneer:
     async def _hedge(self, behind: LiveLease) -> bool:
         """Leases the lease's parcel to another node too, if one has room for it."""
         workload = behind.workload
-        if workload.closed or not behind.record.state.is_open or workload.placement is None:
+        if workload.closed or not behind.record.state.is_open:
             return False
         nodes = [node for node in self._ready_nodes(workload) if node != behind.lease.node]
-        rung = self._next_rung(workload, workload.placement, behind.units, nodes)
+        placement = await self._placement(workload, behind.units) if nodes else None
+        if placement is None:
+            return False
+        rung = self._next_rung(workload, placement, behind.units, nodes)
         if rung is None:
             return False
-        award = workload.placement.award(rung, len(behind.units))
+        award = placement.award(rung, len(behind.units))
         self._charge(await self._dispatcher.grant_again(behind, award))
         return True
 

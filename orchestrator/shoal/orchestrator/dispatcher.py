@@ -300,9 +300,8 @@ class Dispatcher:
         is_shared = self._part(live)
         if not is_shared:
             workload.give_back(live.units, failed=failed)
-        placement = workload.placement
-        if failed and placement is not None and placement.sha256 == live.lease.certificate_sha256:
-            placement.note_failure(live.units, live.lease.rung)
+        if failed and workload.placement is not None:
+            workload.placement.note_failure(live.units, live.lease)
         if impossible is not None:
             workload.abandon(impossible)
         # Another lease of the parcel may still deliver it, or has.

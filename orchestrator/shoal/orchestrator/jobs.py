@@ -168,6 +168,7 @@ class Jobs:
         """The job is over without an orderly end; nothing of it is sold any more."""
         self._running.pop(job_id, None)
         self._auctioneer.withdraw(job_id)
+        self._auctioneer.forget_job(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has failed")
         await self._finish(job_id, JobState.FAILED, reason)
 
@@ -209,6 +210,7 @@ class Jobs:
         await self._settle_fully(job_id)
         if state is not JobState.PAUSED:
             await self._close_escrow(job_id)
+            self._auctioneer.forget_job(job_id)
         await self._finish(job_id, state, reason)
 
     def _load(self, job: Job, base: BaseModelRef) -> Learner:

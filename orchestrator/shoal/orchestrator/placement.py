@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal.market.clearing import Cleared, Refusal
 from shoal.market.ladder import RunningLadder
 from shoal.market.reauction import FAILURES_BEFORE_RAISE
 from shoal.protocol.certificate import ClearingCertificate, Rung
 from shoal.protocol.ids import Account, Digest
-from shoal.protocol.market import Award
+from shoal.protocol.market import Award, Lease
 from shoal.protocol.signing import Signed
 
 Parcel = tuple[int, ...]
@@ -19,12 +19,16 @@ Parcel = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What one clearing says of a lot: who is given its parcels, at what pay."""
+    """What one clearing says of a lot: who is given its parcels, at what pay.
+
+    ``failed`` are the parcels that failed since.
+    """
 
     certificate: Signed[ClearingCertificate]
     sha256: Digest
     ladder: RunningLadder[Parcel]
     refused: dict[bytes, Refusal]
+    failed: set[Parcel] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -47,10 +51,11 @@ class Placement:
         return self.certificate.record.epoch
 
     def needs_clearing(self, parcel: Parcel) -> bool:
-        """Whether the parcel failed, and only a new clearing can place it again."""
-        return bool(self.ladder.num_failures(parcel)) and self.ladder.needs_clearing(
-            parcel, len(parcel)
-        )
+        """Whether the parcel failed since, and only a new clearing can place it again.
+
+        Without a failure since, the same book would only be cleared to the same end.
+        """
+        return parcel in self.failed and self.ladder.needs_clearing(parcel, len(parcel))
 
     def raises_reserve(self, parcel: Parcel) -> bool:
         """Whether the parcel's next clearing may pay more, for it failed too often."""
@@ -60,9 +65,13 @@ class Placement:
         """The failures that these parcels bring to the lot's next clearing."""
         return {parcel: failures for parcel in parcels if (failures := self.ladder.carried(parcel))}
 
-    def note_failure(self, parcel: Parcel, rung: int) -> None:
-        """The parcel failed on that rung; it goes to one below."""
-        self.ladder.note_failure(parcel, rung)
+    def note_failure(self, parcel: Parcel, lease: Lease) -> None:
+        """The parcel failed under the lease; it goes to a rung below the one the lease cites."""
+        self.failed.add(parcel)
+        if lease.certificate_sha256 == self.sha256:
+            self.ladder.note_failure(parcel, lease.rung)
+        else:
+            self.ladder.note_earlier_failure(parcel)
 
     def award(self, rung: Rung, num_units: int) -> Award:
         """The rung's right to a task of this many units."""

@@ -148,6 +148,10 @@ class Sealer:
         self._changed.set()
         return BidCancelReply(commitment=cancel.commitment, from_epoch=cancel.from_epoch)
 
+    def forget_job(self, job_id: str) -> None:
+        """Bids for this job alone compete no more; a node may bid for only so many jobs."""
+        self._book.forget_job(job_id)
+
     async def _keep(self, commitment: str) -> None:
         """What is known of the commitment is in the database."""
         entry = self._book.entry(commitment)

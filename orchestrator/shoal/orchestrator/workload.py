@@ -77,10 +77,6 @@ class Workload:
         """Sorts workloads: what the learner waits for goes first, then older epochs."""
         return _URGENCY[self.kind], self.lot.epoch
 
-    def sizes(self) -> list[int]:
-        """The units of each waiting parcel."""
-        return [len(parcel) for parcel in self.waiting]
-
     @property
     def is_tail(self) -> bool:
         """Whether nothing waits and so little is under way that it is done twice."""
