@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overhead [--pairs 3] [--workers 2] [--set max_steps=60]``.
+"""``python -m benchmarks.overhead [--pairs 3] [--workers 2] [--job FILE] [--set max_steps=60]``.
 
 Each pair runs the example job twice: through a whole market on this machine (chain,
 orchestrator, workers) and as the same rollouts, gradients, updates and evaluations in
@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from shoal.client.api import ShoalClient
 from shoal.client.devnet import Devnet, DevnetOptions
+from shoal.client.devnet_files import worker_profile
 from shoal.client.jobfile import load_job_file
 from shoal.client.submission import open_gateway, submit_job
 from shoal.protocol.errors import InvariantBroken
@@ -31,8 +33,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples/addition.toml"
 
 async def run_market(spec: JobSpec, root: Path, workers: int) -> float:
     """Wall seconds from submission to completion, escrow opened and closed included."""
+    # Workers of one kind: what is measured is the market, not how unlike they are.
+    profiles = tuple(replace(worker_profile(n), niceness=0) for n in range(workers))
     options = DevnetOptions(
-        data_dir=root / "devnet", models_dir=root / "models", num_workers=workers
+        data_dir=root / "devnet", models_dir=root / "models", profiles=profiles
     )
     async with (
         Devnet(options) as devnet,
@@ -62,9 +66,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--job", type=Path, default=EXAMPLE)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    spec = load_job_file(EXAMPLE, arguments.set)
+    spec = load_job_file(arguments.job, arguments.set)
     with tempfile.TemporaryDirectory(prefix="shoal-overhead-") as name:
         root = Path(name)
         models = root / "models"

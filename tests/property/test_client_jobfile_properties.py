@@ -119,6 +119,8 @@ specs = st.builds(
         max_rollout_micros=micros,
         max_gradient_micros=micros,
         max_evaluate_micros=micros,
+        delay_micros_per_s=st.integers(0, MAX_MICROS),
+        stale_pay_permille=st.integers(0, 1_000),
     ),
 )
 

@@ -114,6 +114,18 @@ def test_prices_by_kind() -> None:
     )
 
 
+def test_what_waiting_and_age_cost_is_in_the_budget() -> None:
+    plain = parse_job(GOOD, "job.toml")
+    assert (plain.budget.stale_pay_permille, plain.budget.delay_micros_per_s) == (1_000, 0)
+    spec = parse_job(GOOD + 'stale_pay = 0.875\ndelay_cost = "0.0001"\n', "job.toml")
+    assert (spec.budget.stale_pay_permille, spec.budget.delay_micros_per_s) == (875, 100)
+    rendered = render_job_file(spec)
+    assert 'stale_pay = 0.875\ndelay_cost = "0.0001"' in rendered
+    assert parse_job(rendered, "again") == spec
+    whole = [parse_job(f"{GOOD}stale_pay = {share}\n", "job.toml") for share in (0, 1)]
+    assert [spec.budget.stale_pay_permille for spec in whole] == [0, 1_000]
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(path for path in EXAMPLES.glob("*.toml") if path.name != "pool.toml"),
@@ -158,6 +170,15 @@ def test_examples_load(path: Path) -> None:
             r"env\[0\]\.args\.digits is the number",
         ),
         ('max_total = "1.50"', "", r"budget\.max_total is missing"),
+        ('"0.01"', '"0.01"\nstale_pay = 1.1', r"budget\.stale_pay is the number 1\.1; give a sh"),
+        ('"0.01"', '"0.01"\nstale_pay = -0.1', r"stale_pay is the number -0\.1; give a share from"),
+        ('"0.01"', '"0.01"\nstale_pay = nan', r"budget\.stale_pay is the number nan; give a"),
+        ('"0.01"', '"0.01"\nstale_pay = "0.9"', r"budget\.stale_pay is the text '0\.9'; give a"),
+        ('"0.01"', '"0.01"\nstale_pay = true', r"budget\.stale_pay is true; give a share"),
+        ('"0.01"', '"0.01"\nstale_pay = 0.9005', r"number 0\.9005; give at most three decimals"),
+        ('"0.01"', '"0.01"\ndelay_cost = 0.1', r"budget\.delay_cost is the number 0\.1; give dol"),
+        ('"0.01"', '"0.01"\ndelay_cost = "0.1.1"', r"job\.toml: budget\.delay_cost is '0\.1\.1'"),
+        ('"0.01"', '"0.01"\nstale = 0.9', r"no key 'stale' in \[budget\]; .*'stale_pay'"),
         ('"0.01"', '{ rollout = "1" }', "has no price for gradient"),
         ('[budget]\nmax_total = "1.50"\nmax_unit_price = "0.01"', "", r"there is no \[budget\]"),
         ("max_steps = 3", "max_steps = ", r"job\.toml is not valid TOML: .*line 3"),
@@ -204,11 +225,15 @@ def test_overrides_reach_every_part() -> None:
     spec = parse_job(
         GOOD,
         "job.toml",
-        ["seed=9", "name=other", "lora.r=4", "env.0.weight=2", "budget.max_total=3.00"],
+        [
+            *("seed=9", "name=other", "lora.r=4", "env.0.weight=2", "budget.max_total=3.00"),
+            *("budget.stale_pay=0.5", "budget.delay_cost='0.01'"),
+        ],
     )
     assert (spec.seed, spec.name, spec.lora) == (9, "other", LoraSpec(r=4))
     assert spec.environments[0].weight == 2.0
     assert spec.budget.max_total_micros == 3_000_000
+    assert (spec.budget.stale_pay_permille, spec.budget.delay_micros_per_s) == (500, 10_000)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,17 @@ from learning_fixtures import write_base
 from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, MemoryChain, Sale, open_lab, run
 
 from shoal.network.identity import NodeIdentity
+from shoal.orchestrator import jobs
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.store.tables import JobRow
-from shoal.protocol.errors import InvalidRequest, InvariantBroken, OverBudget, Unauthorised
+from shoal.protocol.errors import (
+    ChainRejected,
+    InvalidRequest,
+    InvariantBroken,
+    OverBudget,
+    Unauthorised,
+)
 from shoal.protocol.job import JobCommand, JobCommandKind, JobState, TaskSizes
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.signing import sign
@@ -116,6 +123,43 @@ def test_every_end_is_orderly(
             folder = lab.orchestrator.jobs.run_dir(job) / "adapter"
             report = verify_bundle(bundle, folder)
             assert report.passed, report.text()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("refuses", ["once mined", "always"])
+def test_a_transaction_that_fails_in_its_block_is_sent_again_and_a_refusal_is_an_end(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    monkeypatch.setattr(jobs, "_CHAIN_RETRY_S", 0)
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+
+            async def play(job_run: JobRun) -> None:
+                await job_run._state_environments()
+
+            honest, failed = lab.chain.run, set[bytes]()
+
+            def meddle(data: bytes, tx_hash: str, *, commit: bool) -> None:
+                if refuses == "always" or (commit and data[:1] not in failed):
+                    failed.add(data[:1])
+                    raise ChainRejected("The escrow ran dry.", reason="OutOfGas")
+                honest(data, tx_hash, commit=commit)
+
+            plays(monkeypatch, play)
+            monkeypatch.setattr(lab.chain, "run", meddle)
+            job = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job)
+            row = await ended(lab, job)
+            escrow = lab.chain.escrows[job]
+            if refuses == "always":
+                assert (row.state, row.reason) == ("failed", "The escrow ran dry.")
+                assert (escrow.epoch, escrow.closed) == (0, False)
+            else:
+                # The posting and the closing failed once each, and both were done after all.
+                assert failed == {b"p", b"c"}
+                assert (row.state, escrow.epoch, escrow.closed) == ("complete", 1, True)
 
     run(scenario)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -14,21 +11,18 @@ import pytest
 import safetensors.numpy
 from learning_fixtures import Lab as School
 from learning_fixtures import write_base
-from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
+from orchestrator_court import court
+from orchestrator_lab import open_lab, run, until
 
 from shoal.market.lease import LeaseState
-from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.verifier import Verifier
 from shoal.protocol.errors import InvalidRequest, InvariantBroken
 from shoal.protocol.market import TaskKind
-from shoal.protocol.node import LeaseOffer, ResultMessage
-from shoal.protocol.result import Verdict
-from shoal.protocol.task import RolloutTask, Task
+from shoal.protocol.task import RolloutTask
 from shoal.provenance.dsse import Envelope
 from shoal.provenance.statement import StatementKind, VerificationPredicate, decode
 from shoal.rl import verification
-from shoal.rl.batch import RolloutPayload, RowLimits
 from shoal.rl.rollout import run_rollout
 from shoal.rl.verification import RolloutVerification
 
@@ -36,98 +30,6 @@ from shoal.rl.verification import RolloutVerification
 @pytest.fixture(scope="module")
 def school(tmp_path_factory: pytest.TempPathFactory) -> School:
     return School.open(write_base(tmp_path_factory.mktemp("base")))
-
-
-class Court:
-    """A job whose policy is real, a worker, and the judge at work."""
-
-    def __init__(self, lab: Lab, school: School, job: str, peer: Peer, sale: Sale) -> None:
-        self.lab, self.school, self.job, self.peer, self.sale = lab, school, job, peer, sale
-        self.verifier = lab.orchestrator.verifier
-        self.member = lab.orchestrator.roster.member(peer.node)
-        self.ledger = lab.orchestrator.settler.ledger(job)
-
-    async def lease(self, peer: Peer | None = None) -> tuple[LeaseOffer, LiveLease]:
-        return await self.lab.lease(peer or self.peer, self.sale)
-
-    def honest(self, offer: LeaseOffer, peer: Peer | None = None) -> ResultMessage:
-        task = cast(RolloutTask, offer.task)
-        payload = run_rollout(self.school.policy, task, self.school.environments)
-        return self.message(offer, payload, peer)
-
-    def message(
-        self, offer: LeaseOffer, payload: bytes, peer: Peer | None = None, **changes: Any
-    ) -> ResultMessage:
-        self.lab.context.blobs.put_bytes(payload)
-        try:
-            num_tokens = self.decoded(offer, payload).num_tokens
-        except Exception:
-            num_tokens = 1
-        return (peer or self.peer).message(offer, payload, **{"num_tokens": num_tokens, **changes})
-
-    def decoded(self, offer: LeaseOffer, payload: bytes) -> RolloutPayload:
-        task = cast(RolloutTask, offer.task)
-        return RolloutPayload.decode(
-            payload,
-            RowLimits(
-                num_prompts=len(task.prompts),
-                num_rows=len(task.prompts) * task.group_size,
-                max_tokens=task.sampling.max_tokens,
-                vocab_size=self.school.policy.vocab_size,
-            ),
-        )
-
-    def lied(self, offer: LeaseOffer, shift: float = 0.05) -> ResultMessage:
-        """Real tokens with log-probabilities that are not theirs."""
-        task = cast(RolloutTask, offer.task)
-        true = run_rollout(self.school.policy, task, self.school.environments)
-        payload = self.decoded(offer, true)
-        forged = RolloutPayload(
-            prompts_sha256=payload.prompts_sha256,
-            token_ids=payload.token_ids,
-            logprobs=tuple(row - shift for row in payload.logprobs),
-            finished=payload.finished,
-            rewards=payload.rewards,
-        )
-        return self.message(offer, forged.encode())
-
-    async def verdict(self, message: ResultMessage, live: LiveLease) -> Verdict:
-        """The verdict on ``message`` as the worker reads it from its next heartbeat."""
-        peer = self.peer
-        await peer.submit(message)
-        await until(lambda: live.record.state.is_final)
-        lease_id = live.lease.lease_id
-        member = self.lab.orchestrator.roster.find(live.lease.node)
-        assert member is not None
-        signed = member.undelivered[cast(Any, lease_id)]
-        signed.require_signer(self.lab.context.domain, self.lab.context.account.address)
-        return signed.record
-
-
-@asynccontextmanager
-async def court(
-    folder: Path, school: School, *, num_units: int = 2, spot_check_rate: float = 0.05
-) -> AsyncIterator[Court]:
-    async with open_lab(folder) as lab:
-        job = await lab.add_job()
-        lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
-        learner = SimpleNamespace(
-            auditor=school.policy, spec=school.plan.spec, environments=school.environments
-        )
-        running = SimpleNamespace(learner=learner, selling=False)
-        lab.orchestrator.jobs._running[job] = cast(Any, running)
-        sale = await lab.open_sale(job, num_units)
-        version = school.version()
-
-        def make(units: Sequence[int]) -> Task:
-            return school.plan.rollout(0, version, school.plan.prompts(0), units)
-
-        sale.make = make
-        sale.workload.verify = sale.workload.verify.model_copy(
-            update={"spot_check_rate": spot_check_rate}
-        )
-        lab.start(lab.orchestrator.verifier.run())
-        yield Court(lab, school, job, await lab.peer(), sale)
 
 
 def test_honest_work_is_accepted_paid_stated_and_delivered(tmp_path: Path, school: School) -> None:
@@ -358,7 +260,7 @@ def test_a_check_that_breaks_costs_the_lease_and_blames_nobody(
             assert "a defect" not in verdict.reason()
             assert case.member.consecutive_valid == 3
             assert not case.lab.orchestrator.setbacks.is_paused(case.peer.node)
-            assert case.sale.workload.failures == 1
+            assert case.sale.workload.attempts[0] == 1
             offer, live = await case.lease()
             assert (await case.verdict(case.honest(offer), live)).accepted
 

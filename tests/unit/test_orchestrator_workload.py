@@ -18,14 +18,10 @@ def test_units_are_cut_in_order_and_only_the_last_parcel_is_smaller() -> None:
     assert parcels_of([], 4) == []
 
 
-def test_a_parcel_is_taken_whole_or_not_at_all() -> None:
+def test_a_parcel_is_taken_whole() -> None:
     workload = Sale(JOB, 5, 100, parcel_units=2).workload
-    assert workload.next_parcel(1) == (4,)
-    assert workload.next_parcel(3) == (0, 1)
-    assert workload.next_parcel(0) is None
     workload.take((0, 1))
     assert workload.waiting == [(2, 3), (4,)]
-    assert workload.sizes() == [2, 1]
     assert workload.undelivered == {(0, 1), (2, 3), (4,)}
 
 
@@ -34,10 +30,10 @@ def test_a_parcel_given_back_waits_in_its_old_place_and_counts_if_it_failed() ->
     workload.take((0, 1))
     workload.give_back((0, 1), failed=False)
     assert workload.waiting == [(0, 1), (2, 3)]
-    assert (workload.failures, workload.attempts[0]) == (0, 0)
+    assert workload.attempts[0] == 0
     workload.take((0, 1))
     workload.give_back((0, 1), failed=True)
-    assert (workload.failures, workload.attempts[0]) == (1, 1)
+    assert workload.attempts[0] == 1
 
 
 def test_what_two_leases_bring_is_delivered_once() -> None:
@@ -53,3 +49,17 @@ def test_what_two_leases_bring_is_delivered_once() -> None:
         assert workload.waiting == [(2, 3)]
 
     asyncio.run(scenario())
+
+
+def test_the_tail_is_the_last_twentieth_under_way() -> None:
+    workload = Sale(JOB, 40, 100, parcel_units=2).workload
+    parcels = list(workload.waiting)
+    for parcel in parcels:
+        workload.take(parcel)
+    assert not workload.is_tail
+    for parcel in parcels[:-1]:
+        workload.undelivered.remove(parcel)
+    assert workload.is_tail
+    # What still waits for a node is given to one, not to two.
+    workload.give_back(parcels[-1], failed=True)
+    assert not workload.is_tail

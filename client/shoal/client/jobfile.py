@@ -24,6 +24,7 @@ from shoal.client.jobfile_keys import (
     KEYS,
     PRICED,
     REQUIRED,
+    STALE_PAY,
     TUNING,
     TUNINGS,
     file_key,
@@ -34,6 +35,8 @@ from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import JobSpec
 from shoal.protocol.money import MAX_MICROS, format_dollars, parse_dollars
 from shoal.protocol.record import MAX_INT
+
+_PERMILLE = 1_000
 
 
 def load_job_file(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -92,14 +95,17 @@ def render_job_file(spec: JobSpec) -> str:
                 f"args = {{ {args} }}" if args else "args = {}",
             ]
         )
+    budget = spec.budget
     prices = ", ".join(
         f'{kind} = "{format_dollars(data["budget"][f"max_{kind}_micros"])}"' for kind in PRICED
     )
     blocks.append(
         [
             "[budget]",
-            f'max_total = "{format_dollars(data["budget"]["max_total_micros"])}"',
+            f'max_total = "{format_dollars(budget.max_total_micros)}"',
             f"max_unit_price = {{ {prices} }}",
+            f"{STALE_PAY} = {budget.stale_pay_permille / _PERMILLE}",
+            f'delay_cost = "{format_dollars(budget.delay_micros_per_s)}"',
         ]
     )
     return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
@@ -175,39 +181,54 @@ class _Reader:
             self._fail("there is no [budget]", "add it with max_total and max_unit_price")
         budget = self._table(document, "budget")
         self._check_known(budget, "budget", list(BUDGET_KEYS))
-        for key in BUDGET_KEYS:
+        for key in ("max_total", "max_unit_price"):
             if key not in budget:
                 self._fail(f"budget.{key} is missing", 'give dollars as text, such as "25.00"')
-        unit = budget["max_unit_price"]
-        if isinstance(unit, dict):
-            self._check_known(unit, "budget.max_unit_price", list(PRICED))
-            missing = next((kind for kind in PRICED if kind not in unit), None)
-            if missing is not None:
-                self._fail(
-                    f"budget.max_unit_price has no price for {missing}",
-                    "price rollout, gradient and evaluate, or give one text for all three",
-                )
-        return {
-            "max_total_micros": self._money("budget.max_total", budget["max_total"]),
-            **{
-                f"max_{kind}_micros": (
-                    self._money(f"budget.max_unit_price.{kind}", unit[kind])
-                    if isinstance(unit, dict)
-                    else self._money("budget.max_unit_price", unit)
-                )
-                for kind in PRICED
-            },
-        }
+        spec = {"max_total_micros": self._price("budget.max_total", budget["max_total"])}
+        spec |= self._unit_prices(budget["max_unit_price"])
+        if STALE_PAY in budget:
+            spec["stale_pay_permille"] = self._permille(f"budget.{STALE_PAY}", budget[STALE_PAY])
+        if "delay_cost" in budget:
+            spec["delay_micros_per_s"] = self._money("budget.delay_cost", budget["delay_cost"])
+        return spec
+
+    def _unit_prices(self, unit: object) -> dict[str, int]:
+        where = "budget.max_unit_price"
+        if not isinstance(unit, dict):
+            return {f"max_{kind}_micros": self._price(where, unit) for kind in PRICED}
+        self._check_known(unit, where, list(PRICED))
+        missing = next((kind for kind in PRICED if kind not in unit), None)
+        if missing is not None:
+            self._fail(
+                f"{where} has no price for {missing}",
+                "price rollout, gradient and evaluate, or give one text for all three",
+            )
+        return {f"max_{kind}_micros": self._price(f"{where}.{kind}", unit[kind]) for kind in PRICED}
+
+    def _price(self, key: str, value: object) -> int:
+        micros = self._money(key, value)
+        if micros == 0:
+            self._fail(f"{key} is zero", "nothing can be bought for it; raise it")
+        return micros
 
     def _money(self, key: str, value: object) -> int:
         if not isinstance(value, str):
             self._fail(f"{key} is {_found(value)}", 'give dollars as text, such as "25.00"')
         micros = parse_dollars(value, f"{self.source}: {key}")
-        if micros == 0:
-            self._fail(f"{key} is zero", "nothing can be bought for it; raise it")
         if micros > MAX_MICROS:
             self._fail(f"{key} is {value}", f"give at most {format_dollars(MAX_MICROS)}")
         return micros
+
+    def _permille(self, key: str, value: object) -> int:
+        """A share between 0 and 1 as the whole thousandths that money is cut by."""
+        # A bool is an int to Python, and not a share.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            self._fail(f"{key} is {_found(value)}", "give a share from 0 to 1, such as 0.9")
+        # Floating point gives a whole number here for each of the 1,001 shares there are.
+        permille = value * _PERMILLE
+        if permille != int(permille):
+            self._fail(f"{key} is {_found(value)}", "give at most three decimals")
+        return int(permille)
 
     def _table(self, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         value = document.get(name, {})
@@ -279,7 +300,8 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
             code="invalid_override",
         )
     # Dollars are text in the file; on a command line their quotes are the shell's.
-    node[parts[-1]] = raw.strip(" \"'") if parts[0] == "budget" else _override_value(raw)
+    is_money = parts[0] == "budget" and parts[-1] != STALE_PAY
+    node[parts[-1]] = raw.strip(" \"'") if is_money else _override_value(raw)
 
 
 def _list_item(items: list[Any], part: str, override: str) -> Any:

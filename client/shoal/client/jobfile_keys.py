@@ -56,7 +56,8 @@ KEYS: dict[str, dict[str, tuple[str, ...]]] = {
 TUNING = "tuning"
 TUNINGS = ("lora", "full")
 ENV_KEYS = ("id", "weight", "args")
-BUDGET_KEYS = ("max_total", "max_unit_price")
+BUDGET_KEYS = ("max_total", "max_unit_price", "stale_pay", "delay_cost")
+STALE_PAY = "stale_pay"
 PRICED = ("rollout", "gradient", "evaluate")
 REQUIRED = ("name", "model", "max_steps", "batch_size")
 

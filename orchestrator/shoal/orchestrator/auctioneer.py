@@ -20,6 +20,7 @@ from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
+from shoal.orchestrator.store.rows import insert_rows
 from shoal.orchestrator.store.tables import CertificateRow, LotRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
@@ -142,7 +143,7 @@ class Auctioneer:
             record=workload.lot.encode().decode(),
             opened_ms=self._context.time.now_ms(),
         )
-        await self._context.database.run(lambda session: session.add(row))
+        await self._context.database.run(lambda session: insert_rows(session, row))
         self._open.append(workload)
         self._changed.set()
         await self.announce(LOTS_TOPIC, workload.lot)
@@ -276,7 +277,7 @@ class Auctioneer:
             issued_ms=certificate.issued_at_ms,
         )
         # Before any lease cites it.
-        await self._context.database.run(lambda session: session.add(row))
+        await self._context.database.run(lambda session: insert_rows(session, row))
         # A task that is only done twice is no new demand.
         if posted_micros is not None and workload.waiting:
             self._posted[workload.lot.job_id, workload.kind] = posted_micros

@@ -21,7 +21,14 @@ from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.blob import BlobRef
-from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, ShoalError, Unavailable
+from shoal.protocol.errors import (
+    ChainRejected,
+    InvalidRequest,
+    NotFound,
+    OverBudget,
+    ShoalError,
+    Unavailable,
+)
 from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
@@ -260,7 +267,8 @@ class Jobs:
             try:
                 if not await self._settler.settle(job_id):
                     return
-            except Unavailable as error:
+            except (Unavailable, ChainRejected) as error:
+                _require_passing(error)
                 _log.warning("settlement_waits", extra={"job_id": job_id, "reason": str(error)})
                 await asyncio.sleep(_CHAIN_RETRY_S)
 
@@ -268,7 +276,8 @@ class Jobs:
         while True:
             try:
                 await self._settler.close(job_id)
-            except Unavailable as error:
+            except (Unavailable, ChainRejected) as error:
+                _require_passing(error)
                 _log.warning("closing_waits", extra={"job_id": job_id, "reason": str(error)})
                 await asyncio.sleep(_CHAIN_RETRY_S)
             else:
@@ -290,6 +299,19 @@ class Jobs:
             row.state, row.reason = state.value, reason
 
         await self._context.database.run(write)
+
+
+def _require_passing(error: Unavailable | ChainRejected) -> None:
+    """Passes only what trying again may mend.
+
+    A refusal that names a transaction was of that transaction alone, and the outbox sends the
+    effect anew; one that names none was the contract's answer before anything was sent.
+
+    Raises:
+        ChainRejected: the contract's answer.
+    """
+    if isinstance(error, ChainRejected) and not error.tx_hash:
+        raise error
 
 
 async def _run(run: JobRun) -> tuple[JobState, str]:

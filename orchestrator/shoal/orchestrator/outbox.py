@@ -9,6 +9,7 @@ are in `shoal.contracts.delivery`; here are the database and the order of things
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,6 +42,8 @@ _log = logging.getLogger(__name__)
 DELIVER_TIMEOUT_S = 60.0
 POLL_S = 0.05
 TICK_S = 1.0
+GAP_TICKS = 10
+"""Ticks between looks for a nonce that was never used: that is rare, and costs two requests."""
 FILL_NONCE = "fill_nonce"
 TRANSFER_GAS = 21_000
 """Source: Ethereum yellow paper, appendix G (G_transaction)."""
@@ -161,10 +164,10 @@ class Outbox:
 
     async def run(self) -> None:
         """What was sent is followed until it is final, for as long as this runs."""
-        while True:
+        for count in itertools.count(1):
             await asyncio.sleep(TICK_S)
             try:
-                await self.tick()
+                await self.tick(look_for_gaps=count % GAP_TICKS == 0)
             except Unavailable as error:
                 _log.warning("outbox_waits", extra={"reason": error.message})
 
@@ -191,8 +194,8 @@ class Outbox:
                 code="not_mined",
             ) from None
 
-    async def tick(self) -> None:
-        """Every effect under way has gone a step further, and no nonce is missing.
+    async def tick(self, *, look_for_gaps: bool = True) -> None:
+        """Every effect under way has gone a step further, and no nonce is missing if looked for.
 
         Raises:
             Unavailable: the database or the chain does not answer.
@@ -201,7 +204,8 @@ class Outbox:
         """
         for claim_key in await self._database.run(self._under_way):
             await self._push(claim_key)
-        await self._close_gap()
+        if look_for_gaps:
+            await self._close_gap()
 
     async def _push(self, claim_key: str) -> None:
         """The effect has gone as far as it can without waiting."""

@@ -89,6 +89,8 @@ class Sealer:
         self._changed = asyncio.Event()
         self._sealed_at_ms = 0
         self._noticed_ms: dict[str, int] = {}
+        self._stored: set[str] = set()
+        """The bids of the book last frozen, which are in the database."""
         self.market: SealedMarket | None = None
         """The book of the present epoch; None before the first."""
         self.on_market: Callable[[], None] = lambda: None
@@ -154,13 +156,7 @@ class Sealer:
 
     async def _keep(self, commitment: str) -> None:
         """What is known of the commitment is in the database."""
-        entry = self._book.entry(commitment)
-        row = CommitmentRow(
-            commitment=commitment,
-            epoch_to=entry.receipt.epoch_to,
-            seq=entry.receipt.seq,
-            entry=entry.encode().decode(),
-        )
+        row = _row(self._book.entry(commitment))
         await self._context.database.run(lambda session: session.merge(row) and None)
 
     async def run(self) -> None:
@@ -205,13 +201,17 @@ class Sealer:
         self._sealed_at_ms = now_ms
         await self._ask(seal)
         book = self._book.freeze()
-        competing = json.dumps([hex32(entry.commitment) for entry in book.opened])
+        names = [hex32(entry.commitment) for entry in book.opened]
+        rows = [_row(self._book.entry(name)) for name in names if name not in self._stored]
 
         def freeze(session: Session) -> None:
-            session.get_one(SealRow, book.epoch).competing = competing
+            session.get_one(SealRow, book.epoch).competing = json.dumps(names)
+            for opened in rows:
+                session.merge(opened)
 
         # Before anything is cleared over it: else no certificate of it could be replayed.
         await self._context.database.run(freeze)
+        self._stored = set(names)
         head = Chainhead(block_hash=row.block_hash, block_number=row.block_number)
         self.market = SealedMarket.of(seal, book, head)
         self.on_market()
@@ -249,12 +249,12 @@ class Sealer:
             _log.info("no_reveal", extra={"worker": member.node, "reason": error.message})
             return
         for reveal in reveals:
-            await self._open(member, reveal)
+            self._open(member, reveal)
 
-    async def _open(self, member: Member, reveal: BidReveal) -> None:
+    def _open(self, member: Member, reveal: BidReveal) -> None:
         """The bid competes, or the log says which rule it breaks."""
         try:
-            opened = self._book.reveal(
+            self._book.reveal(
                 reveal,
                 node=member.node,
                 backing=self._backing_of(reveal.signed.record),
@@ -265,5 +265,12 @@ class Sealer:
                 "bid_refused",
                 extra={"worker": member.node, "code": error.code, "reason": error.message},
             )
-            return
-        await self._keep(hex32(opened.commitment))
+
+
+def _row(entry: StandingCommitment) -> CommitmentRow:
+    return CommitmentRow(
+        commitment=entry.receipt.commitment,
+        epoch_to=entry.receipt.epoch_to,
+        seq=entry.receipt.seq,
+        entry=entry.encode().decode(),
+    )

@@ -25,6 +25,8 @@ _COUNTED = ("accepted", "rejected", "expired", "refused", "failed", "revoked")
 
 
 _CHAIN_AGE_MS = 2_000
+_CHAIN_AGE_RUNNING_MS = 10_000
+"""How old what the chain says may be; older while the job runs and nobody waits for it."""
 _RECENT_UPDATES = 20
 """What is left is foretold from these; a follower asks twice a second, so not from all."""
 _MAX_CHAIN_READS = 10_000
@@ -160,7 +162,7 @@ class Views:
     async def _escrow(self, job_id: str) -> dict[str, Any] | None:
         try:
             escrow = await self._recent(
-                f"escrow {job_id}", lambda: self._context.chain.escrow.job(job_id)
+                job_id, f"escrow {job_id}", lambda: self._context.chain.escrow.job(job_id)
             )
         except ShoalError:
             # A job whose escrow is not open yet has none to show.
@@ -175,15 +177,18 @@ class Views:
 
     async def _claimed(self, job_id: str, account: str) -> int:
         return await self._recent(
+            job_id,
             f"claimed {job_id} {account}",
             lambda: self._context.chain.escrow.claimed(job_id, account),
         )
 
-    async def _recent(self, key: str, read: Callable[[], Awaitable[_T]]) -> _T:
+    async def _recent(self, job_id: str, key: str, read: Callable[[], Awaitable[_T]]) -> _T:
         """What ``read`` gives, a little old perhaps: followers poll several times a second."""
         now_ms = self._context.time.now_ms()
         read_at_ms, value = self._chain_reads.get(key, (0, None))
-        if value is None or now_ms - read_at_ms > _CHAIN_AGE_MS:
+        is_running = self._jobs.find(job_id) is not None
+        age_ms = _CHAIN_AGE_RUNNING_MS if is_running else _CHAIN_AGE_MS
+        if value is None or now_ms - read_at_ms > age_ms:
             if len(self._chain_reads) >= _MAX_CHAIN_READS:
                 self._chain_reads.clear()
             value = await read()

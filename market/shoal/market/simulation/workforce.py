@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -79,58 +79,72 @@ def work_off(
     makespan.  A cheater has no cost, so it asks less than everybody and works as much as it
     can; its stake is what the capacity bound demands at the reserve.
     """
-    rng = np.random.default_rng([seed, 4])
-    n = population.num_providers
-    cheats = _some(n, faults.cheat_share, rng)
-    crashes = _some(n, faults.crash_share, rng)
-    seconds = MEDIAN_SECONDS * rng.lognormal(0.0, SPEED_SIGMA, n)
-    failure = rng.beta(*_FAILURE_BETA, n)
-    spread = rng.random(n)
-    books = books_of(population, learned.last_actions)
-    asked = books.adjusted_micros[market]
-    price = np.where(cheats, max(1, int(asked.min()) - 1), asked)
-    capacity = np.where(cheats, population.most_units[market], books.units[market])
-    order = np.lexsort((population.tie_rank[market], price))
-    order = order[price[order] <= population.reserve_micros[market]]
+    crew = _Crew(population, learned, rule, faults, market, seed)
     at_once = int(population.num_units[market])
-    clearing = _clearing_price(price[order], capacity[order], at_once, population, market)
-    pay = np.maximum(price, clearing) if rule is PayRule.UNIFORM else price
-    terms = AuditTerms(
-        audit_permille=max(1, round(faults.audit.rate * 1000)),
-        detection_permille=max(1, round(faults.audit.power * 1000)),
-    )
-    reserve = int(population.reserve_micros[market])
-    stake = np.array([stake_up(int(units), reserve, terms) for units in capacity])
 
-    def ladder(crash_at_s: np.ndarray[tuple[int], np.dtype[np.float64]], *, honest: bool) -> Ladder:
-        return Ladder(
-            capacity=capacity[order],
-            pay_micros=pay[order],
+    def worked(ladder: Ladder) -> WorkDone:
+        return do_work(ladder, num_units, at_once=at_once, audit=faults.audit, seed=seed)
+
+    clean = worked(crew.honest_ladder())
+    faulty = crew.faulty_ladder(clean.makespan_s)
+    return Shift(
+        rungs=crew.order,
+        done=worked(faulty),
+        clean=clean,
+        cheats=faulty.cheats,
+        num_crashed=int(np.isfinite(faulty.crash_at_s).sum()),
+    )
+
+
+class _Crew:
+    """The bidders of one market, as rungs, with what nature gave each of them."""
+
+    def __init__(
+        self,
+        population: Population,
+        learned: Learned,
+        rule: PayRule,
+        faults: Faults,
+        market: int,
+        seed: int,
+    ) -> None:
+        rng = np.random.default_rng([seed, 4])
+        n = population.num_providers
+        cheats = _some(n, faults.cheat_share, rng)
+        crashes = _some(n, faults.crash_share, rng)
+        seconds = MEDIAN_SECONDS * rng.lognormal(0.0, SPEED_SIGMA, n)
+        failure = rng.beta(*_FAILURE_BETA, n)
+        crash_at = np.where(crashes, rng.random(n), np.inf)
+        books = books_of(population, learned.last_actions)
+        asked, reserve = books.adjusted_micros[market], int(population.reserve_micros[market])
+        price = np.where(cheats, max(1, int(asked.min()) - 1), asked)
+        capacity = np.where(cheats, population.most_units[market], books.units[market])
+        order = np.lexsort((population.tie_rank[market], price))
+        self.order = order = order[price[order] <= reserve]
+        self._crash_at = crash_at[order]
+        price, capacity = price[order], capacity[order]
+        clearing = _clearing_price(price, capacity, int(population.num_units[market]), reserve)
+        terms = AuditTerms(
+            audit_permille=max(1, round(faults.audit.rate * 1000)),
+            detection_permille=max(1, round(faults.audit.power * 1000)),
+        )
+        self._faulty = Ladder(
+            capacity=capacity,
+            pay_micros=np.maximum(price, clearing) if rule is PayRule.UNIFORM else price,
             seconds_per_unit=seconds[order],
             failure_rate=failure[order],
-            crash_at_s=crash_at_s[order],
-            cheats=cheats[order] & (not honest),
-            stake_micros=stake[order],
+            crash_at_s=np.full(len(order), np.inf),
+            cheats=cheats[order],
+            stake_micros=np.array([stake_up(int(units), reserve, terms) for units in capacity]),
         )
 
-    never = np.full(n, np.inf)
-    clean = do_work(
-        ladder(never, honest=True), num_units, at_once=at_once, audit=faults.audit, seed=seed
-    )
-    crash_at_s = np.where(crashes, spread * clean.makespan_s, np.inf)
-    return Shift(
-        rungs=order,
-        done=do_work(
-            ladder(crash_at_s, honest=False),
-            num_units,
-            at_once=at_once,
-            audit=faults.audit,
-            seed=seed,
-        ),
-        clean=clean,
-        cheats=cheats[order],
-        num_crashed=int(crashes[order].sum()),
-    )
+    def honest_ladder(self) -> Ladder:
+        """The rungs with nobody crashing or cheating."""
+        return replace(self._faulty, cheats=np.zeros_like(self._faulty.cheats))
+
+    def faulty_ladder(self, within_s: float) -> Ladder:
+        """The rungs as they are, crashes falling evenly ``within_s``."""
+        return replace(self._faulty, crash_at_s=self._crash_at * within_s)
 
 
 def _some(
@@ -142,12 +156,7 @@ def _some(
     return chosen
 
 
-def _clearing_price(
-    price: Ints, units: Ints, num_units: int, population: Population, market: int
-) -> int:
+def _clearing_price(price: Ints, units: Ints, num_units: int, reserve_micros: int) -> int:
     """σ* of one lot on the rungs."""
-    reach = np.cumsum(units)
-    rung = int(np.searchsorted(reach, num_units, side="right"))
-    if rung == len(price):
-        return int(population.reserve_micros[market])
-    return int(price[rung])
+    rung = int(np.searchsorted(np.cumsum(units), num_units, side="right"))
+    return reserve_micros if rung == len(price) else int(price[rung])
