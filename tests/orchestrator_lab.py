@@ -585,6 +585,14 @@ class Lab:
         await until(lambda: live.record.state is LeaseState.RUNNING)
         return offer, live
 
+    async def settled(self) -> None:
+        """The running auctioneer has placed all that it can."""
+        auctioneer = self.orchestrator.auctioneer
+        # A round that begins is no round that has ended: the second shows that the first has.
+        for _ in range(2):
+            auctioneer.poke()
+            await until(lambda: not auctioneer._changed.is_set())
+
     def award(self, peer: Peer, sale: Sale, num_units: int = 2, price_micros: int = 100) -> Award:
         return Award(
             lot_id=sale.workload.lot.lot_id,

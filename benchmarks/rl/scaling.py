@@ -180,7 +180,7 @@ class Fleet:
         learner = SimpleNamespace(
             auditor=school.policy, spec=school.plan.spec, environments=school.environments
         )
-        running = SimpleNamespace(learner=learner, selling=False)
+        running = SimpleNamespace(learner=learner, selling=False, policy=None)
         lab.orchestrator.jobs._running[self._job] = cast(Any, running)
         for _ in range(num_workers):
             stub = Stub(self, await lab.peer())

@@ -13,7 +13,7 @@ from sealed_market import EPOCH, auction_of, node, opened, session_of, terms
 from shoal.market.certificate import clear_and_certify
 from shoal.market.clearing import Cleared, clear_lot
 from shoal.market.frozen import FrozenBook, OpenedBid, TermsTable
-from shoal.market.pricing import next_posted_price
+from shoal.market.pricing import UNIFORM_BIDDERS, next_posted_price
 from shoal.market.reserve import reserve_for
 from shoal.protocol.certificate import BidderTerms, ClearingRule
 
@@ -32,7 +32,7 @@ def _bid(number: int, price: int, capacity: int) -> OpenedBid:
     return _STOCK[key]
 
 
-_bidders = st.dictionaries(
+_few_bidders = st.dictionaries(
     st.integers(1, 26),
     st.tuples(
         st.sampled_from(_PRICES),
@@ -44,6 +44,22 @@ _bidders = st.dictionaries(
     ),
     max_size=26,
 )
+_many_bidders = st.fixed_dictionaries(
+    {
+        number: st.tuples(
+            st.sampled_from(_PRICES[:6]),
+            st.sampled_from(_CAPACITIES),
+            st.integers(0, 5),
+            st.integers(4, 12),
+            st.sampled_from([0, 50]),
+            st.just(True),
+        )
+        for number in range(1, UNIFORM_BIDDERS + 5)
+    }
+)
+_bidders = st.one_of(_few_bidders, _few_bidders, _many_bidders)
+"""One in three markets is thick enough for one price for all."""
+
 _sizes = st.one_of(
     st.integers(1, 30).map(lambda count: [1] * count),
     st.integers(1, 8).map(lambda count: [3] * count),

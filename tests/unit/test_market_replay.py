@@ -132,6 +132,8 @@ def test_a_receipted_bid_that_was_left_out_is_proven(honest: ClearingFile) -> No
     proof = dropped_bid(file.certificate, file.commitments, held, DOMAIN)
     _require_abi(proof)
     assert proof.arguments[0][5] == bytes.fromhex(held.reveal.salt[2:])
+    listed = (*file.commitments, held.receipt.record.commitment)
+    assert dropped_bid(file.certificate, listed, held, DOMAIN) == proof
     with pytest.raises(InvalidRequest) as caught:
         dropped_bid(honest.certificate, honest.commitments, held, DOMAIN)
     assert caught.value.code == "not_dropped"

@@ -1,4 +1,4 @@
-"""Bids in, awards out: whose bids stand, who wins, and what a lot's trouble costs the others."""
+"""Lots cleared and handed out: who is served, what failing costs, what jobs cost each other."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eth_account import Account as EthAccount
-from orchestrator_lab import DOMAIN, Lab, Peer, arrival, open_lab, run, until
+from market_records import lease as lease_record
+from orchestrator_lab import Lab, Peer, Sale, arrival, open_lab, run, until
 
 from shoal.market.lease import LeaseState
-from shoal.orchestrator.store.tables import BidRow
-from shoal.protocol.errors import (
-    InvalidRequest,
-    InvariantBroken,
-    OverBudget,
-    PeerFault,
-    Unauthorised,
-    Unavailable,
-)
-from shoal.protocol.market import Bid, BidReceipt, TaskKind
-from shoal.protocol.node import BID_PROTOCOL, LOTS_TOPIC, IdleReason
-from shoal.protocol.signing import Signed, sign
+from shoal.orchestrator.leases import LiveLease
+from shoal.orchestrator.placement import Placement
+from shoal.orchestrator.store.database import Database
+from shoal.orchestrator.store.tables import CertificateRow
+from shoal.protocol.certificate import ClearingCertificate, ClearingRule
+from shoal.protocol.errors import InvariantBroken, OverBudget, Unavailable
+from shoal.protocol.market import Lease, TaskKind
+from shoal.protocol.node import CERTIFICATES_TOPIC, LOTS_TOPIC, FailureCause, IdleReason, LeaseOffer
+from shoal.protocol.signing import Signed
 
 
 def sell(lab: Lab) -> None:
@@ -33,96 +30,36 @@ async def units(peer: Peer) -> int:
     return (await arrival(peer.offers)).lease.record.num_units
 
 
-def test_a_bid_stands_and_its_receipt_is_signed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer = await lab.peer()
-            bid = peer.make_bid(price_micros=250)
-            receipt = await peer.bid(bid)
-            receipt.require_signer(DOMAIN, lab.context.account.address)
-            assert receipt.record.bid_sha256 == bid.digest()
-            assert lab.orchestrator.auctioneer.prices(peer.node) == {"rollout": 250}
-            assert [row.bid_sha256 for row in await lab.rows(BidRow)] == [bid.digest()]
-
-    run(scenario)
+async def taken(lab: Lab, peer: Peer) -> tuple[LeaseOffer, LiveLease]:
+    """The next lease that ``peer`` is offered, once it runs."""
+    offer = await arrival(peer.offers)
+    live = lab.live(offer)
+    await until(lambda: live.record.state is LeaseState.RUNNING)
+    return offer, live
 
 
-@pytest.mark.parametrize("field", ["node", "account"])
-def test_a_bid_for_somebody_else_is_refused(tmp_path: Path, field: str) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer, other = await lab.peer(), await lab.peer()
-            theirs: dict[str, Any] = {"node": other.node, "account": other.account.address}
-            forged = peer.make_bid(**{field: theirs[field]})
-            with pytest.raises(Unauthorised) as caught:
-                await peer.bid(forged)
-            assert caught.value.code == "wrong_node"
-            assert not lab.orchestrator.auctioneer.prices(other.node)
-
-    run(scenario)
+async def certificates(lab: Lab) -> list[ClearingCertificate]:
+    """What was signed, in order."""
+    rows = await lab.rows(CertificateRow)
+    signed = [Signed[ClearingCertificate].decode(row.certificate.encode()) for row in rows]
+    for certificate in signed:
+        certificate.require_signer(lab.context.domain, lab.context.account.address)
+    return [certificate.record for certificate in signed]
 
 
-def test_a_bid_signed_by_another_account_is_refused(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer = await lab.peer()
-            signed = sign(peer.make_bid(), DOMAIN, EthAccount.create())
-            with pytest.raises(Unauthorised) as caught:
-                await peer.ask(BID_PROTOCOL, signed.encode())
-            assert caught.value.code == "wrong_signer"
-            assert not lab.orchestrator.auctioneer.prices(peer.node)
-
-    run(scenario)
-
-
-def test_the_same_bid_again_is_harmless_and_an_older_one_is_refused(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer = await lab.peer()
-            old, new = peer.make_bid(price_micros=100), peer.make_bid(price_micros=200)
-            await peer.bid(old)
-            await peer.bid(new)
-            assert (await peer.bid(new)).record.bid_sha256 == new.digest()
-            with pytest.raises(InvalidRequest) as caught:
-                await peer.bid(old)
-            assert caught.value.code == "stale_nonce"
-            assert lab.orchestrator.auctioneer.prices(peer.node) == {"rollout": 200}
-
-    run(scenario)
-
-
-def test_one_nonce_may_serve_bids_of_different_kinds(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer = await lab.peer()
-            for kind in TaskKind:
-                await peer.bid(kind=kind, nonce=7)
-            assert set(lab.orchestrator.auctioneer.prices(peer.node)) == set(TaskKind)
-            assert len(await lab.rows(BidRow)) == len(TaskKind)
-
-    run(scenario)
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff", b"null", b'{"record":{},"signature":"0x"}'])
-def test_malformed_bids_are_a_peer_fault(tmp_path: Path, data: bytes) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer = await lab.peer()
-            with pytest.raises(PeerFault):
-                await peer.ask(BID_PROTOCOL, data)
-            await peer.bid()
-
-    run(scenario)
+async def three(lab: Lab, **changes: Any) -> list[Peer]:
+    """Bidders enough for an auction, at 10, 20 and 30 micros."""
+    peers = [await lab.peer() for _ in range(3)]
+    for number, peer in enumerate(peers, start=1):
+        await peer.bid(price_micros=10 * number, turn=number == 3, **changes)
+    return peers
 
 
 def test_the_cheapest_are_served_first_within_their_capacity(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
-            cheap, dear, dearest = [await lab.peer() for _ in range(3)]
-            await cheap.bid(price_micros=10, capacity=3)
-            await dear.bid(price_micros=20, capacity=3)
-            await dearest.bid(price_micros=30, capacity=3)
+            cheap, dear, dearest = await three(lab, capacity=3)
             await lab.open_sale(job, num_units=5, parcel_units=3)
             sell(lab)
             assert await units(cheap) == 3
@@ -136,13 +73,67 @@ def test_the_cheapest_are_served_first_within_their_capacity(tmp_path: Path) -> 
     run(scenario)
 
 
-def test_a_bid_above_the_reserve_wins_nothing_and_is_told_why(tmp_path: Path) -> None:
+def test_three_bidders_are_paid_as_they_bid_and_their_leases_say_why(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peers = await three(lab, capacity=2)
+            await lab.open_sale(job, num_units=6)
+            sell(lab)
+            leases = [(await arrival(peer.offers)).lease.record for peer in peers]
+            assert [lease.unit_price_micros for lease in leases] == [10, 20, 30]
+            assert [lease.rung for lease in leases] == [0, 1, 2]
+            # One clearing for the whole lot, whose certificate each lease cites.
+            (certificate,) = await certificates(lab)
+            assert certificate.rule is ClearingRule.PAY_AS_BID
+            assert {lease.certificate_sha256 for lease in leases} == {certificate.digest()}
+
+    run(scenario)
+
+
+def test_below_three_bidders_a_price_is_posted_and_the_handicap_comes_off_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peer = await lab.peer()
+            await peer.bid(price_micros=10)
+            await lab.open_sale(job, num_units=2, reserve_micros=1_000)
+            sell(lab)
+            assert (await arrival(peer.offers)).lease.record.unit_price_micros == 1_000 - 39
+            # Its room was four times what was wanted: the next lot is posted lower.
+            await lab.open_sale(job, num_units=2, reserve_micros=1_000)
+            assert (await arrival(peer.offers)).lease.record.unit_price_micros < 900
+            first, second = await certificates(lab)
+            assert first.rule is second.rule is ClearingRule.POSTED
+            assert first.posted_price_micros == 1_000
+
+    run(scenario)
+
+
+def test_a_price_that_nobody_takes_rises_until_somebody_does(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peer = await lab.peer()
+            await peer.bid(price_micros=900)
+            lab.orchestrator.auctioneer._posted[job, TaskKind.ROLLOUT] = 1
+            await lab.open_sale(job, num_units=2, reserve_micros=1_000)
+            sell(lab)
+            assert 900 <= (await arrival(peer.offers)).lease.record.unit_price_micros <= 961
+
+    run(scenario)
+
+
+def test_a_bid_that_its_handicap_lifts_above_the_reserve_wins_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
             dear, fair = await lab.peer(), await lab.peer()
-            await dear.bid(price_micros=501)
-            await fair.bid(price_micros=500)
+            # A newcomer's handicap is 20 micros of a maximum of 500.
+            await dear.bid(price_micros=481)
+            await fair.bid(price_micros=480)
             await lab.open_sale(job, num_units=1, reserve_micros=500)
             sell(lab)
             assert await units(fair) == 1
@@ -188,8 +179,9 @@ def test_money_that_is_held_is_waited_for_and_none_at_all_halts(tmp_path: Path) 
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job(funded_micros=250)
             peer = await lab.peer()
-            await peer.bid(price_micros=100)
-            sale = await lab.open_sale(job, num_units=3, parcel_units=1)
+            await peer.bid(price_micros=90)
+            # Posted at 104, of which a newcomer's handicap takes four.
+            sale = await lab.open_sale(job, num_units=3, parcel_units=1, reserve_micros=104)
             sell(lab)
             first = await arrival(peer.offers)
             await arrival(peer.offers)
@@ -213,39 +205,42 @@ def test_money_that_is_held_is_waited_for_and_none_at_all_halts(tmp_path: Path) 
     run(scenario)
 
 
-def test_a_lost_node_wins_nothing_until_it_bids_again(tmp_path: Path) -> None:
+def test_a_lost_node_is_leased_nothing_though_its_bid_stands(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
-            gone, there = await lab.peer(), await lab.peer()
-            await gone.bid(price_micros=1)
-            await there.bid(price_micros=2)
+            gone, there, _ = await three(lab)
             await gone.network.disconnect(lab.context.network.peer_id)
             roster = lab.orchestrator.roster
             await until(lambda: not roster.member(gone.node).connected)
             await lab.open_sale(job, num_units=1)
             sell(lab)
-            assert await units(there) == 1
-            assert not lab.orchestrator.auctioneer.prices(gone.node)
+            offer = await arrival(there.offers)
+            assert (offer.lease.record.num_units, offer.lease.record.rung) == (1, 1)
+            # Back again it is first in line.
+            await gone.network.connect(lab.context.network.addresses[0], timeout_s=1)
+            await gone.join()
+            await lab.open_sale(job, num_units=1)
+            assert (await arrival(gone.offers)).lease.record.rung == 0
 
     run(scenario)
 
 
-def test_a_suspended_node_waits_and_then_works_again(tmp_path: Path) -> None:
+def test_a_node_that_broke_its_word_waits_and_then_works_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
             peer = await lab.peer()
             await peer.bid()
-            auctioneer = lab.orchestrator.auctioneer
-            auctioneer.suspend(peer.node)
-            sale = await lab.open_sale(job, num_units=1)
+            sale = await lab.open_sale(job)
+            offer, _ = await lab.lease(peer, sale)
+            await peer.fail(offer, FailureCause.OUT_OF_MEMORY)
             sell(lab)
-            await until(lambda: not auctioneer._changed.is_set())
-            assert sale.workload.waiting == [(0,)]
-            lab.time.advance(10_001)
-            auctioneer.poke()
-            assert await units(peer) == 1
+            await lab.settled()
+            assert sale.workload.waiting == [(0, 1)]
+            lab.time.advance(10_000)
+            await lab.settled()
+            assert await units(peer) == 2
 
     run(scenario)
 
@@ -316,7 +311,8 @@ def test_a_job_withdrawn_while_its_task_is_built_gets_no_lease(tmp_path: Path) -
 
             sale.before_build = slowly
             sell(lab)
-            await arrival_of(building)
+            async with asyncio.timeout(30):
+                await building.wait()
             lab.orchestrator.auctioneer.withdraw(job)
             go_on.set()
             ledger = lab.orchestrator.settler.ledger(job)
@@ -329,25 +325,9 @@ def test_a_job_withdrawn_while_its_task_is_built_gets_no_lease(tmp_path: Path) -
     run(scenario)
 
 
-async def arrival_of(event: asyncio.Event) -> None:
-    async with asyncio.timeout(30):
-        await event.wait()
-
-
-def test_a_withdrawn_job_takes_its_bids_along(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            job, other = await lab.add_job(), await lab.add_job()
-            peer = await lab.peer()
-            await peer.bid(job_id=job)
-            await peer.bid(job_id=other, kind=TaskKind.EVALUATE)
-            lab.orchestrator.auctioneer.withdraw(job)
-            assert set(lab.orchestrator.auctioneer.prices(peer.node)) == {TaskKind.EVALUATE}
-
-    run(scenario)
-
-
-def test_a_network_that_cannot_gossip_holds_no_lot_up(tmp_path: Path) -> None:
+def test_lots_and_certificates_are_gossiped_and_a_network_that_cannot_holds_nothing_up(
+    tmp_path: Path,
+) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
@@ -358,23 +338,16 @@ def test_a_network_that_cannot_gossip_holds_no_lot_up(tmp_path: Path) -> None:
                 heard.put_nowait(data)
 
             peer.network.subscribe(LOTS_TOPIC, hear)
+            peer.network.subscribe(CERTIFICATES_TOPIC, hear)
+            await peer.bid()
             sale = await lab.open_sale(job)
             assert await arrival(heard) == sale.workload.lot.encode()
+            sell(lab)
+            certificate = Signed[ClearingCertificate].decode(await arrival(heard))
+            assert [certificate.record] == await certificates(lab)
             await lab.context.network.stop()
             unheard = await lab.open_sale(job)
             assert unheard.workload in lab.orchestrator.auctioneer._open
-
-    run(scenario)
-
-
-def test_receipts_are_for_the_bid_that_was_sent(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with open_lab(tmp_path) as lab:
-            peer = await lab.peer()
-            bid: Bid = peer.make_bid()
-            raw = await peer.ask(BID_PROTOCOL, sign(bid, DOMAIN, peer.account).encode())
-            receipt = Signed[BidReceipt].decode(raw).record
-            assert receipt.received_at_ms == lab.time.now_ms()
 
     run(scenario)
 
@@ -383,19 +356,20 @@ async def serve(peer: Peer, lab: Lab, expected: int) -> list[str]:
     """The jobs whose leases the worker was given, each accepted before the next is taken."""
     jobs = []
     for _ in range(expected):
-        offer = await arrival(peer.offers)
-        live = lab.live(offer)
-        await until(lambda live=live: live.record.state is LeaseState.RUNNING)  # type: ignore[misc]
+        _, live = await taken(lab, peer)
         jobs.append(live.lease.job_id)
-        lab.orchestrator.dispatcher.conclude(
-            live,
-            live.record.model_copy(update={"state": LeaseState.ACCEPTED}),
-            unit_ms=1_000,
-        )
-        live.workload.undelivered.discard(live.units)
-        lab.orchestrator.settler.ledger(live.lease.job_id).release(live.lease.lease_id)
-        lab.orchestrator.auctioneer.room_at(peer.node)
+        conclude(lab, live)
     return jobs
+
+
+def conclude(lab: Lab, live: LiveLease) -> None:
+    """The lease's result was accepted."""
+    lab.orchestrator.dispatcher.conclude(
+        live, live.record.model_copy(update={"state": LeaseState.ACCEPTED}), unit_ms=1_000
+    )
+    live.workload.undelivered.discard(live.units)
+    lab.orchestrator.settler.ledger(live.lease.job_id).release(live.lease.lease_id)
+    lab.orchestrator.auctioneer.room_at(live.lease.node)
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
@@ -452,7 +426,7 @@ def test_alone_a_job_fills_a_worker_and_with_another_takes_two_leases(tmp_path: 
             await second.bid(capacity=8, price_micros=1)
             for _ in range(2):
                 await arrival(second.offers)
-            await until(lambda: not lab.orchestrator.auctioneer._changed.is_set())
+            await lab.settled()
             assert lab.orchestrator.dispatcher.num_open(second.node) == 2
 
     run(scenario)
@@ -465,14 +439,212 @@ def test_a_bidder_is_told_why_it_is_idle(tmp_path: Path) -> None:
             small, other, silent = [await lab.peer() for _ in range(3)]
             await small.bid(capacity=1)
             await other.bid(kind=TaskKind.EVALUATE)
-            await lab.open_sale(job, num_units=2)
+            sale = await lab.open_sale(job, num_units=2)
             sell(lab)
-            await until(lambda: not lab.orchestrator.auctioneer._changed.is_set())
+            await lab.settled()
             idle = lab.orchestrator.auctioneer.idle_reason
             assert idle(small.node, True) is IdleReason.TASK_TOO_LARGE
             assert idle(other.node, True) is IdleReason.NO_WORK
             assert idle(silent.node, True) is IdleReason.STARTING
-            lab.orchestrator.auctioneer.suspend(small.node)
+            offer, _ = await lab.lease(small, sale)
+            await small.fail(offer, FailureCause.OUT_OF_MEMORY)
             assert idle(small.node, True) is IdleReason.PAUSED
+
+    run(scenario)
+
+
+def test_bids_of_a_job_that_is_over_compete_no_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job, other = await lab.add_job(), await lab.add_job()
+            peer = await lab.peer()
+            await peer.bid(job_id=job)
+            await peer.bid(job_id=other, kind=TaskKind.EVALUATE)
+            auctioneer = lab.orchestrator.auctioneer
+            assert set(auctioneer.prices(peer.node)) == {TaskKind.ROLLOUT, TaskKind.EVALUATE}
+            auctioneer.forget_job(job)
+            await lab.orchestrator.sealer.turn()
+            assert set(auctioneer.prices(peer.node)) == {TaskKind.EVALUATE}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ladder_remembers", [True, False])
+def test_failed_work_goes_to_the_next_rung_and_not_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ladder_remembers: bool
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            if not ladder_remembers:
+                # The negative control.
+                monkeypatch.setattr(Placement, "note_failure", lambda *_: None)
+            job = await lab.add_job()
+            cheap, dear, _ = await three(lab)
+            await lab.open_sale(job)
+            sell(lab)
+            offer, _ = await taken(lab, cheap)
+            # A fault of the task keeps nobody from working: only the ladder does.
+            await cheap.fail(offer, FailureCause.TASK)
+            again, _ = await taken(lab, dear if ladder_remembers else cheap)
+            first, second = offer.lease.record, again.lease.record
+            assert second.lease_epoch == first.lease_epoch + 1
+            assert second.certificate_sha256 == first.certificate_sha256
+            assert (second.rung, second.unit_price_micros) == (
+                (1, 20) if ladder_remembers else (0, 10)
+            )
+
+    run(scenario)
+
+
+def test_after_two_failures_the_reserve_rises_by_a_tenth_under_a_new_certificate(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peers = await three(lab)
+            sale = await lab.open_sale(job, max_micros=2_000)
+            sell(lab)
+            causes = (FailureCause.TASK, FailureCause.ENVIRONMENT)
+            for peer, cause in zip(peers[:2], causes, strict=True):
+                offer, _ = await taken(lab, peer)
+                assert len(await certificates(lab)) == 1
+                await peer.fail(offer, cause)
+            offer, _ = await taken(lab, peers[0])
+            before, after = await certificates(lab)
+            assert offer.lease.record.certificate_sha256 == after.digest()
+            assert offer.lease.record.lease_epoch == 3
+            assert (before.lot.reserve_micros, after.lot.reserve_micros) == (1_000, 1_100)
+            assert (before.reserve.num_raises, after.reserve.num_raises) == (0, 1)
+            assert sale.workload.reserve == after.reserve
+            # What failed under it counts anew: one failure, the next rung, no new clearing.
+            await peers[0].fail(offer, FailureCause.NOT_FINITE)
+            offer, _ = await taken(lab, peers[1])
+            assert len(await certificates(lab)) == 2
+
+    run(scenario)
+
+
+class Clearings:
+    """The auctioneer's clearings of one lot of two parcels, without its loop."""
+
+    def __init__(self, lab: Lab, sale: Sale) -> None:
+        self.lab, self.sale, self.parcel = lab, sale, sale.workload.waiting[0]
+
+    @classmethod
+    async def make(cls, lab: Lab, peers: int) -> Clearings:
+        job = await lab.add_job()
+        for number in range(peers):
+            await (await lab.peer()).bid(price_micros=10 + number, turn=False)
+        await lab.orchestrator.sealer.turn()
+        return cls(lab, await lab.open_sale(job, 4, max_micros=2_000))
+
+    async def placement(self) -> Placement:
+        auctioneer = self.lab.orchestrator.auctioneer
+        found = await auctioneer._placement(self.sale.workload, self.parcel)
+        assert found is not None
+        return found
+
+    @staticmethod
+    def lease(placement: Placement, rung: int = 0) -> Lease:
+        return lease_record(certificate_sha256=placement.sha256, rung=rung)
+
+
+def test_a_raise_that_could_not_be_written_down_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = await Clearings.make(lab, peers=3)
+            placement = await clearings.placement()
+            for rung in (0, 1):
+                placement.note_failure(clearings.parcel, clearings.lease(placement, rung))
+
+            async def fail(self: Database, work: Any) -> Any:
+                raise Unavailable("The database is away.")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Database, "run", fail)
+                for _ in range(3):
+                    with pytest.raises(Unavailable):
+                        await clearings.placement()
+            again = await clearings.placement()
+            assert again.certificate.record.lot.reserve_micros == 1_100
+            assert clearings.sale.workload.reserve.num_raises == 1
+
+    run(scenario)
+
+
+def test_a_lot_that_nobody_can_take_is_cleared_again_only_with_a_new_book(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = await Clearings.make(lab, peers=0)
+            placement = await clearings.placement()
+            placement.note_failure(clearings.parcel, lease_record())
+            for _ in range(5):
+                again = await clearings.placement()
+            # One more for the failure, and none for looking.
+            assert len(await certificates(lab)) == 2
+            peer = await lab.peer()
+            await peer.bid()
+            assert len((await clearings.placement()).ladder) == 1
+            assert len(again.ladder) == 0
+
+    run(scenario)
+
+
+def test_a_failure_under_an_earlier_certificate_counts_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = await Clearings.make(lab, peers=3)
+            old = await clearings.placement()
+            await lab.orchestrator.sealer.turn()
+            new = await clearings.placement()
+            assert new.sha256 != old.sha256
+            for rung in (0, 1):
+                assert not new.raises_reserve(clearings.parcel)
+                new.note_failure(clearings.parcel, clearings.lease(old, rung))
+            assert new.raises_reserve(clearings.parcel)
+            assert new.needs_clearing(clearings.parcel)
+            # And is carried by a parcel that is out just then.
+            new = await clearings.placement()
+            new.note_failure(clearings.parcel, clearings.lease(new))
+            clearings.sale.workload.take(clearings.parcel)
+            await lab.orchestrator.sealer.turn()
+            clearings.parcel = clearings.sale.workload.waiting[0]
+            assert (await clearings.placement()).ladder.num_failures((0, 1)) == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("tail_is_doubled", [True, False])
+def test_the_last_units_of_a_lot_are_given_to_a_second_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail_is_doubled: bool
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            if not tail_is_doubled:
+                # The negative control.
+                monkeypatch.setattr(lab.orchestrator.dispatcher, "tail", list)
+            job = await lab.add_job()
+            first, second, third = await three(lab, capacity=40)
+            await lab.open_sale(job, num_units=40, parcel_units=38)
+            sell(lab)
+            _, large = await taken(lab, first)
+            tail, tail_live = await taken(lab, first)
+            assert (large.lease.num_units, tail.lease.record.num_units) == (38, 2)
+            await lab.settled()
+            assert second.offers.empty()
+            conclude(lab, large)
+            await lab.settled()
+            if not tail_is_doubled:
+                assert second.offers.empty()
+                return
+            again, again_live = await taken(lab, second)
+            assert again.lease.record.lease_epoch == tail.lease.record.lease_epoch + 1
+            assert (again_live.units, again_live.rival) == (tail_live.units, tail_live)
+            # There is no third.
+            await lab.settled()
+            assert third.offers.empty()
 
     run(scenario)

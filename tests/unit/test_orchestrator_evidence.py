@@ -115,7 +115,7 @@ async def bench(folder: Path, school: School) -> AsyncIterator[Bench]:
         learner = SimpleNamespace(
             auditor=school.policy, spec=school.plan.spec, environments=school.environments
         )
-        running = SimpleNamespace(learner=learner, selling=False)
+        running = SimpleNamespace(learner=learner, selling=False, policy=None)
         lab.orchestrator.jobs._running[job] = cast(Any, running)
         lab.start(lab.orchestrator.verifier.run())
         yield Bench(lab, school, job, await lab.peer())

@@ -17,7 +17,7 @@ import numpy as np
 
 from shoal.market.filling import Demand, Room, fill
 from shoal.market.frozen import FrozenBook, Ints, Mask, TermsTable
-from shoal.market.pricing import choose_rule
+from shoal.market.pricing import MIN_AUCTION_BIDDERS, UNIFORM_BIDDERS, choose_rule
 from shoal.protocol.canonical import digest_of, sha256_hex
 from shoal.protocol.certificate import ClearingRule, Parcels, Rung, SeedParts
 from shoal.protocol.errors import InvalidRequest
@@ -65,6 +65,8 @@ def code_sha256(provider_cap_permille: int | None = None) -> Digest:
         {
             "rule": "shoal.market.clearing",
             "version": RULE_VERSION,
+            "min_auction_bidders": MIN_AUCTION_BIDDERS,
+            "uniform_bidders": UNIFORM_BIDDERS,
             "newcomer_share_permille": NEWCOMER_SHARE_PERMILLE,
             "newcomer_receipts": NEWCOMER_RECEIPTS,
             "standby_share_permille": STANDBY_SHARE_PERMILLE,

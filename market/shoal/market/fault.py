@@ -103,13 +103,7 @@ def dropped_bid(
             f"{record.lot.reserve_micros}; it would have won nothing.",
             code="not_dropped",
         )
-    book = SealedEpoch.of(record.epoch, [unhex(name) for name in commitments], sealed_at_ms=0)
-    if book.seal.commit_root != record.seed_parts.commit_root:
-        raise InvalidRequest(
-            "The commitments given are not those under the certificate's commit root; get the "
-            "list the orchestrator serves with the certificate.",
-            code="wrong_commitments",
-        )
+    book = _sealed_book(record, commitments, receipt.commitment)
     count = book.seal.num_commitments
     neighbours = tuple(_neighbour(proof, count) for proof in book.gap(receipt.commitment))
     return _call(
@@ -122,6 +116,25 @@ def dropped_bid(
         ],
         f"Commitment {receipt.commitment} was receipted for market epochs {receipt.epoch_from} to "
         f"{receipt.epoch_to} and is not in the book of epoch {record.epoch}.",
+    )
+
+
+def _sealed_book(
+    record: ClearingCertificate, commitments: Sequence[str], missing: str
+) -> SealedEpoch:
+    """The book under the certificate's commit root: the list given, or that without ``missing``.
+
+    An orchestrator that sealed a book without a commitment may list it nevertheless.
+    """
+    listed = [unhex(name) for name in commitments]
+    for names in (listed, [name for name in listed if name != unhex(missing)]):
+        book = SealedEpoch.of(record.epoch, names, sealed_at_ms=0)
+        if book.seal.commit_root == record.seed_parts.commit_root:
+            return book
+    raise InvalidRequest(
+        "The commitments given are not those under the certificate's commit root; get the "
+        "list the orchestrator serves with the certificate.",
+        code="wrong_commitments",
     )
 
 

@@ -81,9 +81,9 @@ class Jobs:
         return self._running[job_id].learner
 
     def policy_version(self, job_id: str) -> int:
-        """The newest published version of a running job; 0 before the first."""
-        policy = self._running[job_id].policy
-        return 0 if policy is None else policy.version
+        """The newest published version of a running job; 0 before the first and after its end."""
+        run = self._running.get(job_id)
+        return 0 if run is None or run.policy is None else run.policy.version
 
     def open_jobs(self) -> list[OpenJob]:
         """The jobs that accept bids."""
