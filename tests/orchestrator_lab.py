@@ -256,10 +256,11 @@ class Peer:
         identity: NodeIdentity,
         home: PeerId,
         turn: Callable[[], Awaitable[None]],
+        account: LocalAccount | None = None,
     ) -> None:
         self.network = network
         self.identity = identity
-        self.account: LocalAccount = EthAccount.create()
+        self.account: LocalAccount = account or EthAccount.create()
         self.offers: asyncio.Queue[LeaseOffer] = asyncio.Queue()
         self.reveals: dict[str, BidReveal] = {}
         self.notices: list[SealNotice] = []
@@ -544,7 +545,7 @@ class Lab:
         await self.orchestrator.settler.adopt(job_id)
         return job_id
 
-    async def peer(self, *, joined: bool = True) -> Peer:
+    async def peer(self, *, joined: bool = True, account: LocalAccount | None = None) -> Peer:
         """A connected worker with stake and a node bound on the chain."""
         identity = NodeIdentity.generate()
         network = MemoryNetwork(self.hub, identity, listens=False)
@@ -552,7 +553,7 @@ class Lab:
         self._peers.append(network)
         address = self.context.network.addresses[0]
         home = await network.connect(address, timeout_s=TIMEOUT_S)
-        peer = Peer(network, identity, home, self.orchestrator.sealer.turn)
+        peer = Peer(network, identity, home, self.orchestrator.sealer.turn, account)
         self.chain.owners[identity.public_key] = peer.account.address
         self.chain.stakes[peer.account.address] = self.context.config.min_stake_micros
         if joined:

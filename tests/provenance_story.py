@@ -163,6 +163,8 @@ class Story:
             lease_id=f"lease_{self.count:010d}",
             lease_epoch=1,
             lot_id="lot_0123456789",
+            certificate_sha256="4" * 64,
+            rung=0,
             job_id=JOB_ID,
             task_id=task.task_id,
             task_sha256=task_sha256,

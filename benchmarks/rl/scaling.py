@@ -184,11 +184,15 @@ class Fleet:
         lab.orchestrator.jobs._running[self._job] = cast(Any, running)
         for _ in range(num_workers):
             stub = Stub(self, await lab.peer())
-            await stub.peer.bid(capacity=tasks_held * GROUPS_PER_TASK)
+            await stub.peer.bid(capacity=tasks_held * GROUPS_PER_TASK, turn=False)
             member = lab.orchestrator.roster.member(stub.peer.node)
             # Past its first results, which are all recomputed whoever it is.
             member.audited, member.consecutive_valid = NEWCOMER_AUDITS, 1 << 20
             self.stubs.append(stub)
+        sealer = lab.orchestrator.sealer
+        # Who had no time to open its bid in one market epoch does so in the next.
+        while sealer.market is None or len(sealer.market.book) < num_workers:
+            await sealer.turn()
         dispatcher = lab.orchestrator.dispatcher
         charge = dispatcher.on_served
 

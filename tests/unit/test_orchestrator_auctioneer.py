@@ -582,6 +582,7 @@ def test_a_lot_that_nobody_can_take_is_cleared_again_only_with_a_new_book(tmp_pa
             placement = await clearings.placement()
             placement.note_failure(clearings.parcel, lease_record())
             for _ in range(5):
+                lab.time.advance(1)
                 again = await clearings.placement()
             # One more for the failure, and none for looking.
             assert len(await certificates(lab)) == 2
@@ -589,6 +590,20 @@ def test_a_lot_that_nobody_can_take_is_cleared_again_only_with_a_new_book(tmp_pa
             await peer.bid()
             assert len((await clearings.placement()).ladder) == 1
             assert len(again.ladder) == 0
+
+    run(scenario)
+
+
+def test_the_same_clearing_twice_in_a_millisecond_is_one_certificate(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = await Clearings.make(lab, peers=0)
+            first = await clearings.placement()
+            first.note_failure(clearings.parcel, lease_record())
+            second = await clearings.placement()
+            assert second is not first
+            assert second.sha256 == first.sha256
+            assert len(await certificates(lab)) == 1
 
     run(scenario)
 

@@ -59,7 +59,7 @@ class Past:
         lab, policy = self.lab, self.school.policy
         lab.context.blobs.put_bytes(policy.adapter_bytes(), pin=True)
         lab.orchestrator.jobs._running[self.job] = cast(
-            Any, SimpleNamespace(learner=self.learner, selling=False)
+            Any, SimpleNamespace(learner=self.learner, selling=False, policy=None)
         )
         lab.start(lab.orchestrator.verifier.run())
         peer, sale = await lab.peer(), self.sale()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -347,5 +348,53 @@ def test_results_are_judged_in_the_order_they_came(tmp_path: Path, school: Schoo
             assert [d.units for d in case.sale.delivered] == [(2, 3), (0, 1)]
             rows = await case.lab.rows(LeaseRow)
             assert {row.state for row in rows} == {"accepted"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("newest", "pay_micros"), [(0, 200), (1, 200), (2, 160), (3, 100), (9, 100)]
+)
+def test_work_of_a_policy_that_was_overtaken_is_paid_less(
+    tmp_path: Path, school: School, newest: int, pay_micros: int
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            workload = case.sale.workload
+            schedule = {"freshness_permille": (1_000, 800, 500)}
+            workload.lot = workload.lot.model_copy(update=schedule)
+            offer, live = await case.lease()
+            assert offer.task.policy.version == 1
+            running = cast(Any, case.lab.orchestrator.jobs._running[case.job])
+            running.policy = SimpleNamespace(version=newest)
+            verdict = await case.verdict(case.honest(offer), live)
+            assert (verdict.accepted, verdict.pay_micros) == (True, pay_micros)
+            # What was held beyond that is free again.
+            assert (case.ledger.owed_micros, case.ledger.held_micros) == (pay_micros, 0)
+            assert (await case.lab.lease_row(offer)).pay_micros == pay_micros
+
+    run(scenario)
+
+
+def test_a_job_that_ends_while_its_result_is_judged_stops_no_judge(
+    tmp_path: Path, school: School, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school, num_units=4) as case:
+            running = case.lab.orchestrator.jobs._running
+            check, job = verification.verify_rollout, running[case.job]
+
+            def meanwhile(*args: Any, **options: Any) -> RolloutVerification:
+                running.pop(case.job)
+                return check(*args, **options)
+
+            offer, live = await case.lease()
+            message = case.honest(offer)
+            with monkeypatch.context() as patch:
+                patch.setattr(verification, "verify_rollout", meanwhile)
+                assert (await case.verdict(message, live)).pay_micros == 200
+            running[case.job] = job
+            offer, live = await case.lease()
+            assert (await case.verdict(case.honest(offer), live)).accepted
 
     run(scenario)

@@ -70,9 +70,10 @@ def test_a_node_key_is_bound_once_and_never_taken_from_another() -> None:
 
 
 class Vault:
-    """An account's stake as the contract keeps it, with a waiting time of 100 s."""
+    """An account's stake as the contract keeps it, with a waiting time of 100 s; and its chain."""
 
     def __init__(self, active: int) -> None:
+        self.vault = self
         self.active, self.unbonding, self.unbond_at_s = active, 0, 0
         self.time_s = 1_000
         self.requests: list[int] = []

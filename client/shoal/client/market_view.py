@@ -47,8 +47,8 @@ def replay_files(clearing: Path, *, orchestrator: str | None, receipt: Path | No
         NotFound: a file is missing.
         InvalidRequest: a file cannot be read or is not what it should be.
     """
-    file = _read(clearing, ClearingFile, "clearing file")
-    held = None if receipt is None else _read(receipt, ReceiptedBid, "receipt file")
+    file = read_record(clearing, ClearingFile, "clearing file")
+    held = None if receipt is None else read_record(receipt, ReceiptedBid, "receipt file")
     proofs = list(court_proofs(file))
     if held is not None and held.receipt.record.commitment not in file.commitments:
         proofs.append(dropped_bid(file.certificate, file.commitments, held, file.domain))
@@ -126,7 +126,18 @@ def write_proofs(finding: Finding, path: Path) -> None:
         raise InvalidRequest(f"The proof cannot be written to {path}: {error.strerror}.") from None
 
 
-def _read(path: Path, record: type[_R], what: str) -> _R:
+def read_record(path: Path, record: type[_R], what: str) -> _R:
+    """The record in the file ``path``.
+
+    Args:
+        path: A JSON file.
+        record: What it should hold.
+        what: What a person calls it, for the sentence: "clearing file".
+
+    Raises:
+        NotFound: there is no such file.
+        InvalidRequest: it cannot be read, is too large or holds something else.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

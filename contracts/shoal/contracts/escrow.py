@@ -53,6 +53,10 @@ class JobEscrow(BoundContract):
         """Seconds a posted root waits before it can be claimed under."""
         return cast(int, await self._view("CHALLENGE_WINDOW"))
 
+    async def court(self) -> str:
+        """The address of the one court that can freeze this escrow's jobs."""
+        return cast(str, await self._view("COURT"))
+
     async def job(self, job_id: str, *, depth: int = 0) -> EscrowState:
         """The job's money and state, as of ``depth`` blocks ago.
 

@@ -36,6 +36,17 @@ class ReceiptedBid(Record):
     reveal: BidReveal
 
 
+class BidDrop(Record):
+    """A sealed bid, and a seal that leaves it out though its receipt covers the epoch.
+
+    Writer: the worker, to its own disk.  Reader: whoever proves it, once a lot of the epoch
+    is certified.
+    """
+
+    bid: ReceiptedBid
+    seal: Signed[BookSeal]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CourtProof:
     """One call of the court.

@@ -276,13 +276,14 @@ class Auctioneer:
             terms=canonical_bytes([row.to_json() for row in terms.rows]).decode(),
             issued_ms=certificate.issued_at_ms,
         )
-        # Before any lease cites it.
-        await self._context.database.run(lambda session: insert_rows(session, row))
+        before = workload.placement
+        # Before any lease cites it; what is cleared again to the same end is there already.
+        if before is None or before.sha256 != row.sha256:
+            await self._context.database.run(lambda session: insert_rows(session, row))
         # A task that is only done twice is no new demand.
         if posted_micros is not None and workload.waiting:
             self._posted[workload.lot.job_id, workload.kind] = posted_micros
         await self.announce(CERTIFICATES_TOPIC, signed)
-        before = workload.placement
         earlier = {} if before is None else before.carried(workload.undelivered)
         return Placement.of(signed, cleared, earlier)
 

@@ -16,6 +16,7 @@ from shoal.orchestrator.roster import Member
 from shoal.orchestrator.store.rows import update_row
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.workload import Workload
+from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.ids import LeaseId
 from shoal.protocol.market import Lease, TaskKind
 from shoal.protocol.node import ResultMessage
@@ -52,6 +53,12 @@ class LiveLease:
     def lease(self) -> Lease:
         """The lease as signed."""
         return self.record.lease
+
+    @property
+    def claim_id(self) -> str:
+        """Names the parcel of the lot: whoever does it, it is paid at most once."""
+        named = f"{self.lease.lot_id}:{','.join(map(str, self.units))}"
+        return f"claim_{sha256_hex(named.encode())[:20]}"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -186,6 +193,7 @@ def lease_row(live: LiveLease) -> LeaseRow:
         state=live.record.state.value,
         record=live.signed.encode().decode(),
         issued_ms=lease.issued_at_ms,
+        claim_id=live.claim_id,
     )
 
 

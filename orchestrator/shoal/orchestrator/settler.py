@@ -220,6 +220,7 @@ def _stored_ledger(session: Session, job_id: str, through: int | None = None) ->
             lease_id=row.lease_id,
             account=row.account,
             pay_micros=row.pay_micros,
+            claim_id=row.claim_id,
         )
         for row in session.scalars(query)
     ]

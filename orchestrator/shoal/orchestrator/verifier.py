@@ -338,6 +338,7 @@ class Verifier:
                     lease_id=lease.lease_id,
                     account=lease.account,
                     pay_micros=verdict.pay_micros,
+                    claim_id=live.claim_id,
                 )
             )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.market.fault import ReceiptedBid
+from shoal.market.fault import BidDrop, ReceiptedBid
 from shoal.protocol.result import Receipt, Verdict
 from shoal.protocol.sealing import BookSeal
 from shoal.protocol.signing import Signed
@@ -43,7 +43,7 @@ class EvidenceBook:
 
     def keep_drop(self, bid: ReceiptedBid, seal: Signed[BookSeal]) -> None:
         """A seal that leaves out a bid it must hold is on disk, with what proves it."""
-        self._append("drops.jsonl", {"bid": bid.to_json(), "seal": seal.to_json()})
+        self._append("drops.jsonl", BidDrop(bid=bid, seal=seal).to_json())
 
     def keep_receipt(self, receipt: Signed[Receipt]) -> None:
         """The receipt is on disk, and its job among those that may owe something."""

@@ -14,8 +14,6 @@ from shoal.protocol.sealing import (
     BidCommitment,
     BidReceipt,
     BidReveal,
-    BookSeal,
-    CommitProof,
     Reveals,
     SealNotice,
 )
@@ -58,6 +56,7 @@ class SealedBids:
     def __init__(self, book: EvidenceBook) -> None:
         self._book = book
         self._held: dict[str, ReceiptedBid] = {}
+        self._dropped: set[str] = set()
 
     def keep(self, sealed: SealedBid, receipt: Signed[BidReceipt], parties: Parties) -> None:
         """The commitment stands, by the orchestrator's own signed word.
@@ -80,22 +79,26 @@ class SealedBids:
         self._held[said.commitment] = held
 
     def open(self, notice: SealNotice, parties: Parties) -> Reveals:
-        """The bids the orchestrator has not seen yet, if the seal holds what it must hold.
+        """The bids the orchestrator has not seen yet, of those that the seal holds.
 
-        A commitment that the seal leaves out though its receipt covers the epoch goes into the
-        evidence book: `shoal market fault` makes of it what the court accepts.
+        What it does not hold is not shown, or its price would be known before the book is
+        closed.  A commitment that it leaves out though the receipt covers the epoch goes into
+        the evidence book: `shoal market fault` makes of it what the court accepts.
 
         Raises:
             Unauthorised: the seal is not the orchestrator's.
         """
         notice.seal.require_signer(parties.domain, parties.orchestrator)
         seal = notice.seal.record
-        proofs = {proof.commitment: proof for proof in notice.proofs}
+        sealed = {proof.commitment for proof in notice.proofs if proof.holds(seal)}
         for commitment, held in list(self._held.items()):
             receipt = held.receipt.record
             if receipt.epoch_to < seal.epoch:
                 del self._held[commitment]
-            elif receipt.covers(seal.epoch) and not _inside(proofs.get(commitment), seal):
+                self._dropped.discard(commitment)
+            elif receipt.covers(seal.epoch) and commitment not in sealed | self._dropped:
+                # Once is proof enough, and must not fill the disk.
+                self._dropped.add(commitment)
                 self._book.keep_drop(held, notice.seal)
                 log_failure(
                     "bid_dropped",
@@ -103,9 +106,5 @@ class SealedBids:
                     commitment=commitment,
                     epoch=seal.epoch,
                 )
-        shown = (self._held.get(commitment) for commitment in notice.wanted)
+        shown = (self._held.get(commitment) for commitment in notice.wanted if commitment in sealed)
         return Reveals(reveals=tuple(held.reveal for held in shown if held is not None))
-
-
-def _inside(proof: CommitProof | None, seal: BookSeal) -> bool:
-    return proof is not None and proof.holds(seal)

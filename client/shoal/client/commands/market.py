@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from shoal.client.commands.options import output_option
+from shoal.client.commands.options import output_option, rpc_option, url_option
 from shoal.client.output import Output
+from shoal.protocol.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from shoal.client.accusation import Accusation
+    from shoal.contracts.gateway import ChainGateway
 
 _SHARE = click.FloatRange(min=0, max=1)
 
@@ -161,6 +167,117 @@ def replay(
     if proof is not None:
         write_proofs(finding, proof)
     return 0 if finding.passed else 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Court:
+    """How the court is reached and who pays for the transaction, as given, absent or not."""
+
+    key: Path | None
+    rpc_url: str | None
+    url: str | None
+    deployment: Path | None
+
+
+def _court_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds how the court is reached, passed as one `_Court` ``court``."""
+
+    @url_option
+    @rpc_option
+    @click.option(
+        "--key",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="With --send: the provider's keystore, account.json of its data folder.",
+    )
+    @click.option(
+        "--deployment",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="The contracts' addresses, where the orchestrator shall not be asked for them.",
+    )
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        key: Path | None,
+        rpc_url: str | None,
+        url: str | None,
+        deployment: Path | None,
+        **rest: Any,
+    ) -> Any:
+        court = _Court(key=key, rpc_url=rpc_url, url=url, deployment=deployment)
+        return command(*args, court=court, **rest)
+
+    return wrapped
+
+
+@command.command("fault")
+@click.option(
+    "--evidence",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="drops.jsonl of the worker's evidence folder; or its bids.jsonl.",
+)
+@click.option(
+    "--certificate",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The clearing file of a lot of the epoch, as the orchestrator serves it.",
+)
+@click.option("--send", is_flag=True, help="Send the proofs to FaultCourt.")
+@_court_options
+@output_option
+def fault(evidence: Path, certificate: Path, send: bool, court: _Court, output: Output) -> None:
+    """Prove that an orchestrator left out a bid it had given a receipt for.
+
+    Writes each proof as a JSON object, with the call that FaultCourt takes; whoever sends it,
+    the bidder is the one who was wronged.
+    """
+    from shoal.client.accusation import accuse
+
+    accusation = accuse(evidence, certificate)
+    if send:
+        asyncio.run(_send(accusation, court, output))
+        return
+    for proof in accusation.proofs:
+        output.emit(proof.to_json())
+
+
+async def _send(accusation: Accusation, court: _Court, output: Output) -> None:
+    from shoal.client.accusation import send_proofs
+
+    async with await _gateway(court) as gateway:
+        cases = await send_proofs(gateway, accusation)
+    for case, proof in zip(cases, accusation.proofs, strict=True):
+        if output.json_mode:
+            said = {"sentence": proof.sentence, "fault": case.fault.name.lower()}
+            output.emit({"type": "case", **case.to_json(), **said})
+        else:
+            output.say(f"{case.status.value} against {case.accused}: {proof.sentence}")
+            output.say(f"case {case.case_id}")
+
+
+async def _gateway(court: _Court) -> ChainGateway:
+    """The chain as the provider, through the orchestrator's proposals or its own addresses."""
+    from shoal.client.api import ShoalClient
+    from shoal.client.commands.target import resolve_url
+    from shoal.client.submission import open_gateway
+    from shoal.protocol.keystore import load_account
+
+    if court.key is None:
+        raise InvalidRequest(
+            "--send needs the account that pays for the transaction; name the provider's keystore "
+            "with --key.",
+            code="no_key",
+        )
+    account = load_account(court.key)
+    if court.deployment is None:
+        async with ShoalClient(resolve_url(court.url)) as client:
+            return await open_gateway(await client.info(), account, court.rpc_url)
+    if court.rpc_url is None:
+        raise InvalidRequest("--deployment names no chain node; name one with --rpc-url.")
+    from shoal.contracts.deployment import load_deployment
+    from shoal.contracts.gateway import ChainGateway
+
+    return await ChainGateway.connect(court.rpc_url, load_deployment(court.deployment), account)
 
 
 @command.command("simulate")

@@ -141,6 +141,7 @@ class LeaseRow(Base):
     pay_micros: Mapped[int] = mapped_column(BigInteger, default=0)
     settlement_epoch: Mapped[int | None] = mapped_column(Integer, default=None)
     outcome: Mapped[str | None] = mapped_column(Text, default=None)
+    claim_id: Mapped[str | None] = mapped_column(String(80), default=None)
 
 
 class StatementRow(Base):

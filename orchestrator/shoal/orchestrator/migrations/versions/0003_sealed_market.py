@@ -49,10 +49,12 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_certificates_lot_id"), ["lot_id"], unique=False)
     with op.batch_alter_table("leases", schema=None) as batch_op:
         batch_op.add_column(sa.Column("outcome", sa.Text(), nullable=True))
+        batch_op.add_column(sa.Column("claim_id", sa.String(length=80), nullable=True))
 
 
 def downgrade() -> None:
     with op.batch_alter_table("leases", schema=None) as batch_op:
+        batch_op.drop_column("claim_id")
         batch_op.drop_column("outcome")
     op.drop_table("certificates")
     op.drop_table("seals")
