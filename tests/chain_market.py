@@ -188,15 +188,12 @@ class ChainMarket:
     """The chain, the orchestrator over it, and everybody else."""
 
     folder: Path
-    rpc_url: str
-    deployment: Deployment
     faucet: ChainGateway
     requester: ChainGateway
     chain: ChainGateway
     connection: Connection
     context: Context
     hub: MemoryHub
-    time: ManualTime
     orchestrator: Orchestrator
     school: School
     engine: PolicyEngine = field(default_factory=lambda: PolicyEngine(Device.CPU, 1))
@@ -209,8 +206,16 @@ class ChainMarket:
         return self.context.domain
 
     @property
-    def deployment_file(self) -> Path:
-        return self.context.config.deployment_file
+    def deployment(self) -> Deployment:
+        return self.context.deployment
+
+    @property
+    def rpc_url(self) -> str:
+        return self.context.config.rpc_url
+
+    @property
+    def time(self) -> ManualTime:
+        return cast(ManualTime, self.context.time)
 
     async def compute(self, task: RolloutTask) -> TaskOutput:
         """What a worker's engine makes of the task."""
@@ -345,73 +350,78 @@ class ChainMarket:
 @asynccontextmanager
 async def chain_market(folder: Path) -> AsyncIterator[ChainMarket]:
     """The chain with its contracts, and the orchestrator; nobody has joined yet."""
-    terms = Terms(challenge_window_s=WINDOW_S, min_bond_micros=JOB_BOND, penalty_micros=PENALTY)
     async with AsyncExitStack() as stack:
         anvil = await stack.enter_async_context(Anvil(folder / "chain"))
-        url = anvil.rpc_url
-        deployment = await deploy(url, dev_account(0), terms=terms)
+        terms = Terms(challenge_window_s=WINDOW_S, min_bond_micros=JOB_BOND, penalty_micros=PENALTY)
+        deployment = await deploy(anvil.rpc_url, dev_account(0), terms=terms)
         store_deployment(folder / "deployment.json", deployment)
         faucet, requester, chain = [
             await stack.enter_async_context(
-                await ChainGateway.connect(url, deployment, dev_account(number))
+                await ChainGateway.connect(anvil.rpc_url, deployment, dev_account(number))
             )
             for number in range(3)
         ]
         await faucet.token.fund(requester.account, 0, 2 * BUDGET)
         await faucet.token.fund(chain.account, 0, STAKE + 2 * JOB_BOND)
         await chain.vault.stake(STAKE)
-        connection = Connection(url)
+        connection = Connection(anvil.rpc_url)
         stack.push_async_callback(connection.close)
-        config = OrchestratorConfig(
-            data_dir=folder / "orchestrator",
-            rpc_url=url,
-            deployment_file=folder / "deployment.json",
-            key_file=folder / "key.json",
-            chain_depth=0,
-            min_stake_micros=STAKE,
-        )
-        config.data_dir.mkdir()
-        hub, now, identity = MemoryHub(), ManualTime(), NodeIdentity.generate()
-        network = MemoryNetwork(hub, identity)
-        await network.start()
-        stack.push_async_callback(network.stop)
-        database = Database(config.resolved_database_url())
-        stack.callback(database.close)
-        compute = ThreadPoolExecutor(max_workers=1)
-        stack.callback(compute.shutdown)
-        context = Context(
-            config=config,
-            database=database,
-            network=network,
-            blobs=BlobStore(config.data_dir / "blobs", config.blob_cache_bytes),
-            chain=chain,
-            deployment=deployment,
-            account=dev_account(2),
-            identity=identity,
-            domain=Domain(chain_id=deployment.chain_id, escrow=deployment.job_escrow),
-            time=now,
-            compute=compute,
-        )
+        hub = MemoryHub()
+        context = await _open_context(stack, folder, hub, chain)
         school = School.open(write_base(folder / "base"))
         context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
         orchestrator = Orchestrator(context, "http://api.invalid", lambda: "http://b.invalid")
-        orchestrator.front_desk.serve(network)
+        orchestrator.front_desk.serve(context.network)
         market = ChainMarket(
             folder=folder,
-            rpc_url=url,
-            deployment=deployment,
             faucet=faucet,
             requester=requester,
             chain=chain,
             connection=connection,
             context=context,
             hub=hub,
-            time=now,
             orchestrator=orchestrator,
             school=school,
         )
         stack.push_async_callback(_close, market)
         yield market
+
+
+async def _open_context(
+    stack: AsyncExitStack, folder: Path, hub: MemoryHub, chain: ChainGateway
+) -> Context:
+    """The orchestrator's surroundings: ``chain``'s account, a new database, a node at ``hub``."""
+    config = OrchestratorConfig(
+        data_dir=folder / "orchestrator",
+        rpc_url=chain.connection.rpc_url,
+        deployment_file=folder / "deployment.json",
+        key_file=folder / "key.json",
+        chain_depth=0,
+        min_stake_micros=STAKE,
+    )
+    config.data_dir.mkdir()
+    identity = NodeIdentity.generate()
+    network = MemoryNetwork(hub, identity)
+    await network.start()
+    stack.push_async_callback(network.stop)
+    database = Database(config.resolved_database_url())
+    stack.callback(database.close)
+    compute = ThreadPoolExecutor(max_workers=1)
+    stack.callback(compute.shutdown)
+    deployment = chain.deployment
+    return Context(
+        config=config,
+        database=database,
+        network=network,
+        blobs=BlobStore(config.data_dir / "blobs", config.blob_cache_bytes),
+        chain=chain,
+        deployment=deployment,
+        account=chain.sender.account,
+        identity=identity,
+        domain=Domain(chain_id=deployment.chain_id, escrow=deployment.job_escrow),
+        time=ManualTime(),
+        compute=compute,
+    )
 
 
 async def _close(market: ChainMarket) -> None:

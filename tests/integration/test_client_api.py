@@ -254,7 +254,12 @@ def test_a_paused_job_is_not_followed_for_ever() -> None:
         view = await follow_job(client, JOB_ID, Output(json_mode=True))
         assert view.state.value == "paused"
 
-    with_server({f"/v1/market/jobs/{JOB_ID}": answers(job(state="paused"))}, use)
+    standing = {"job_id": JOB_ID, "state": "paused", "reason": "the budget is used up"}
+    routes = {
+        f"/v1/market/jobs/{JOB_ID}": answers(job(state="paused")),
+        f"/v1/market/jobs/{JOB_ID}/state": answers(standing),
+    }
+    with_server(routes, use)
 
 
 @pytest.mark.parametrize("content", [b"other" + WEIGHTS[5:], WEIGHTS[:-1], WEIGHTS + b"x"])

@@ -117,7 +117,7 @@ async def check_clearings(market: ChainMarket, project: Project) -> list[Clearin
         assert record.rule is choose_rule(record.num_bidders)
         assert all(rung.pay_micros <= record.lot.reserve_micros <= RESERVE for rung in file.rungs)
         assert all(rung.pay_micros >= rung.price_micros for rung in file.rungs)
-    published = {file.certificate.record.digest(): file for file in files}
+    published = {str(file.certificate.record.digest()): file for file in files}
     for row in await leases(market, project):
         lease = Signed[Lease].decode(row.record.encode()).record
         rung = published[lease.certificate_sha256].rungs[lease.rung]
@@ -284,7 +284,7 @@ async def check_fault(
     assert await money(market, forged, victim) == before
 
     sending = ["--send", "--key", str(key), "--rpc-url", market.rpc_url, "--json"]
-    sending += ["--deployment", str(market.deployment_file)]
+    sending += ["--deployment", str(market.context.config.deployment_file)]
     assert await asyncio.to_thread(run, [*command, str(saved(folder, wronged)), *sending]) == 0
     (case,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (case["fault"], case["status"]) == ("dropped_bid", "upheld")

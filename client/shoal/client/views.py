@@ -193,6 +193,14 @@ class JobView(View):
         return self.state in ENDED
 
 
+class JobStanding(View):
+    """Where a job stands, and why if it ended badly."""
+
+    job_id: str
+    state: JobState
+    reason: str
+
+
 class JobEvent(View):
     """Something that happened to a job; ``seq`` rises, not always by one."""
 

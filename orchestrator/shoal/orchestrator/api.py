@@ -72,6 +72,7 @@ class Api:
         app.get(f"{market}/workers")(self._views.workers)
         app.get(f"{market}/jobs")(self._views.jobs)
         app.post(f"{market}/jobs", status_code=201)(self.submit)
+        app.get(f"{job}/state")(self.state)
         app.get(job)(self.job)
         app.post(f"{job}/cancel")(self.cancel)
         app.get(f"{job}/events")(self.events)
@@ -129,6 +130,11 @@ class Api:
             "coordinator": self._context.account.address,
             "escrow_deadline_s": row.escrow_deadline_s,
         }
+
+    async def state(self, job_id: str) -> dict[str, Any]:
+        """Only where the job stands, for whoever waits for its end."""
+        row = await self._intake.require(job_id)
+        return {"job_id": job_id, "state": row.state, "reason": row.reason}
 
     async def job(self, job_id: str) -> JSONResponse:
         """Everything about one job; as it is, since followers ask for it all the time."""
