@@ -35,9 +35,7 @@ async def run_market(spec: JobSpec, root: Path, workers: int) -> float:
     """Wall seconds from submission to completion, escrow opened and closed included."""
     # Workers of one kind: what is measured is the market, not how unlike they are.
     profiles = tuple(replace(worker_profile(n), niceness=0) for n in range(workers))
-    options = DevnetOptions(
-        data_dir=root / "devnet", models_dir=root / "models", profiles=profiles
-    )
+    options = DevnetOptions(data_dir=root / "devnet", models_dir=root / "models", profiles=profiles)
     async with (
         Devnet(options) as devnet,
         ShoalClient(devnet.running.api_url) as client,
