@@ -78,3 +78,71 @@ def drawn(*parts: Any, width: int = 80) -> str:
     for part in parts:
         console.print(part)
     return out.getvalue()
+
+
+def clearing(**changes: object) -> dict[str, Any]:
+    """Three bidders for 128 units, each paid what it asked."""
+    return {
+        "sha256": "5" * 64,
+        "lot_id": "lot_0123456789",
+        "kind": "rollout",
+        "epoch": 57,
+        "num_units": 128,
+        "num_commitments": 4,
+        "num_revealed": 4,
+        "num_bidders": 3,
+        "num_rungs": 3,
+        "num_refused": 0,
+        "unfilled_units": 0,
+        "rule": "pay_as_bid",
+        "clearing_price_micros": 264,
+        "reserve": {"requester_max_micros": 300, "origin": "requester", "reserve_micros": 300},
+        "freshness_permille": [1000, 500],
+        "issued_at_ms": 1_790_000_000_000,
+        **changes,
+    }
+
+
+def rung(place: int = 0, **changes: object) -> dict[str, Any]:
+    return {
+        "rung": place,
+        "bid_digest": "0x" + "8" * 64,
+        "account": "0x" + f"{place + 1:02d}" * 20,
+        "node": "12D3KooWGzxzKZYveHXtpG6AsrUJBcWxHBFS2HsEoGTxrMLvKXtf",
+        "name": f"worker-{place + 1}",
+        "price_micros": 200 + 50 * place,
+        "handicap_micros": 1,
+        "pay_micros": 200 + 50 * place,
+        "num_units": 128 if place == 0 else 0,
+        "room_units": 128,
+        "standby": False,
+        **changes,
+    }
+
+
+def lease(**changes: object) -> dict[str, Any]:
+    """An accepted lease of the first rung of `clearing`."""
+    first = rung()
+    return {
+        "lease_id": "lease_0123456789",
+        "job_id": "0x" + "12" * 32,
+        "lot_id": "lot_0123456789",
+        "task_id": "task_0123456789",
+        "attempt": 1,
+        "kind": "rollout",
+        "state": "accepted",
+        "reason": "",
+        "account": first["account"],
+        "node": first["node"],
+        "num_units": 128,
+        "unit_price_micros": 200,
+        "pay_micros": 25_600,
+        "issued_at_ms": 1_790_000_000_000,
+        "ended_at_ms": 1_790_000_060_000,
+        "certificate_sha256": "5" * 64,
+        "rung": 0,
+        "clearing": clearing(),
+        "bid": first,
+        "next_bid": rung(1),
+        **changes,
+    }

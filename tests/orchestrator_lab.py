@@ -177,6 +177,10 @@ class MemoryChain:
     async def challenge_window_s(self) -> int:
         return 0
 
+    async def min_bond_micros(self) -> int:
+        self.answer()
+        return 0
+
     async def epochs(self, job_id: str, from_block: int | None = None) -> list[PostedEpoch]:
         self.answer()
         return [post for post in self.posted if post.job_id == job_id]
@@ -583,7 +587,8 @@ class Lab:
         await self.orchestrator.dispatcher.grant(sale.workload, parcel, award)
         offer = await arrival(peer.offers)
         live = self.live(offer)
-        await until(lambda: live.record.state is LeaseState.RUNNING)
+        await until(lambda: live.record.state is LeaseState.TAKEN)
+        await peer.beat(offer)
         return offer, live
 
     async def settled(self) -> None:

@@ -59,9 +59,10 @@ BATCH_SIZE = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a run is trained: with the rates that were found best for it.
+    """How a run is trained.
 
-    ``batches`` is how many times larger a batch is than one of ``h1``.
+    The rates of ``h4`` and ``b4`` are the best of those that the README lists.  ``batches`` is
+    how many times larger a batch is than one of ``h1``.
     """
 
     local_steps: int

@@ -31,10 +31,10 @@ async def units(peer: Peer) -> int:
 
 
 async def taken(lab: Lab, peer: Peer) -> tuple[LeaseOffer, LiveLease]:
-    """The next lease that ``peer`` is offered, once it runs."""
+    """The next lease that ``peer`` is offered, once it takes it."""
     offer = await arrival(peer.offers)
     live = lab.live(offer)
-    await until(lambda: live.record.state is LeaseState.RUNNING)
+    await until(lambda: live.record.state is LeaseState.TAKEN)
     return offer, live
 
 
@@ -118,7 +118,7 @@ def test_a_price_that_nobody_takes_rises_until_somebody_does(tmp_path: Path) -> 
             job = await lab.add_job()
             peer = await lab.peer()
             await peer.bid(price_micros=900)
-            lab.orchestrator.auctioneer._posted[job, TaskKind.ROLLOUT] = 1
+            lab.orchestrator.auctioneer._clearings._posted[job, TaskKind.ROLLOUT] = 1
             await lab.open_sale(job, num_units=2, reserve_micros=1_000)
             sell(lab)
             assert 900 <= (await arrival(peer.offers)).lease.record.unit_price_micros <= 961
@@ -139,6 +139,40 @@ def test_a_bid_that_its_handicap_lifts_above_the_reserve_wins_nothing(tmp_path: 
             assert await units(fair) == 1
             reason = lab.orchestrator.auctioneer.idle_reason(dear.node, True)
             assert reason is IdleReason.ABOVE_RESERVE
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("prices_rise", [True, False])
+def test_a_posted_price_that_only_an_absent_node_takes_rises_until_one_that_is_here_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prices_rise: bool
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = lab.orchestrator.auctioneer._clearings
+            if not prices_rise:
+                # The negative control.
+                monkeypatch.setattr(clearings, "_is_shut", lambda *_: False)
+            job = await lab.add_job()
+            cheap, honest = await lab.peer(), await lab.peer()
+            await cheap.bid(price_micros=100)
+            await honest.bid(price_micros=300)
+            clearings._posted[job, TaskKind.ROLLOUT] = 310
+            sale = await lab.open_sale(job)
+            sell(lab)
+            # A newcomer's handicap of 39 keeps the honest one out, and then the cheap one goes.
+            await taken(lab, cheap)
+            await cheap.network.disconnect(lab.context.network.peer_id)
+            roster = lab.orchestrator.roster
+            await until(lambda: not roster.member(cheap.node).connected)
+            other = await lab.open_sale(job)
+            again = await arrival(honest.offers)
+            assert again.lease.record.lot_id == other.workload.lot.lot_id
+            lab.time.advance(60_000)
+            await lab.orchestrator.dispatcher.revoke_job(job, "the holder is gone")
+            await lab.settled()
+            assert (sale.workload.waiting == []) is prices_rise
+            assert again.lease.record.unit_price_micros >= 300
 
     run(scenario)
 
@@ -525,14 +559,14 @@ def test_after_two_failures_the_reserve_rises_by_a_tenth_under_a_new_certificate
     run(scenario)
 
 
-class Clearings:
+class Clearing:
     """The auctioneer's clearings of one lot of two parcels, without its loop."""
 
     def __init__(self, lab: Lab, sale: Sale) -> None:
         self.lab, self.sale, self.parcel = lab, sale, sale.workload.waiting[0]
 
     @classmethod
-    async def make(cls, lab: Lab, peers: int) -> Clearings:
+    async def make(cls, lab: Lab, peers: int) -> Clearing:
         job = await lab.add_job()
         for number in range(peers):
             await (await lab.peer()).bid(price_micros=10 + number, turn=False)
@@ -540,8 +574,8 @@ class Clearings:
         return cls(lab, await lab.open_sale(job, 4, max_micros=2_000))
 
     async def placement(self) -> Placement:
-        auctioneer = self.lab.orchestrator.auctioneer
-        found = await auctioneer._placement(self.sale.workload, self.parcel)
+        clearings = self.lab.orchestrator.auctioneer._clearings
+        found = await clearings.placement(self.sale.workload, self.parcel)
         assert found is not None
         return found
 
@@ -555,7 +589,7 @@ def test_a_raise_that_could_not_be_written_down_is_made_once(
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            clearings = await Clearings.make(lab, peers=3)
+            clearings = await Clearing.make(lab, peers=3)
             placement = await clearings.placement()
             for rung in (0, 1):
                 placement.note_failure(clearings.parcel, clearings.lease(placement, rung))
@@ -578,7 +612,7 @@ def test_a_raise_that_could_not_be_written_down_is_made_once(
 def test_a_lot_that_nobody_can_take_is_cleared_again_only_with_a_new_book(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            clearings = await Clearings.make(lab, peers=0)
+            clearings = await Clearing.make(lab, peers=0)
             placement = await clearings.placement()
             placement.note_failure(clearings.parcel, lease_record())
             for _ in range(5):
@@ -597,7 +631,7 @@ def test_a_lot_that_nobody_can_take_is_cleared_again_only_with_a_new_book(tmp_pa
 def test_the_same_clearing_twice_in_a_millisecond_is_one_certificate(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            clearings = await Clearings.make(lab, peers=0)
+            clearings = await Clearing.make(lab, peers=0)
             first = await clearings.placement()
             first.note_failure(clearings.parcel, lease_record())
             second = await clearings.placement()
@@ -611,7 +645,7 @@ def test_the_same_clearing_twice_in_a_millisecond_is_one_certificate(tmp_path: P
 def test_a_failure_under_an_earlier_certificate_counts_too(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            clearings = await Clearings.make(lab, peers=3)
+            clearings = await Clearing.make(lab, peers=3)
             old = await clearings.placement()
             await lab.orchestrator.sealer.turn()
             new = await clearings.placement()

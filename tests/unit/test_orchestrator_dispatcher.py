@@ -198,7 +198,7 @@ def test_silence_and_deadlines_end_a_lease_and_nothing_sooner(
     run(scenario)
 
 
-def test_an_offer_nobody_answers_ends_by_the_start_clock(tmp_path: Path) -> None:
+def test_an_offer_nobody_answers_ends_by_the_offer_clock(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             deal = await Deal.make(lab)
@@ -207,7 +207,7 @@ def test_an_offer_nobody_answers_ends_by_the_start_clock(tmp_path: Path) -> None
             live = lab.live(await arrival(deal.peer.offers))
             lab.time.advance(10_001)
             await deal.dispatcher.reap()
-            assert (live.record.state, live.record.clock) == (LeaseState.EXPIRED, Clock.START)
+            assert (live.record.state, live.record.clock) == (LeaseState.EXPIRED, Clock.OFFER)
             # The answer that comes now starts nothing.
             deal.peer.gate.set()
             await until(lambda: not deal.dispatcher._offers)

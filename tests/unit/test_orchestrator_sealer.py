@@ -493,3 +493,27 @@ def test_certificates_replay_from_what_the_database_holds(tmp_path: Path) -> Non
                 assert replay(shorter, lab.context.account.address) is not None
 
     run(scenario)
+
+
+@pytest.mark.parametrize("is_forgotten", [True, False])
+def test_a_node_may_bid_for_job_after_job_as_the_earlier_ones_end(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    is_forgotten: bool,
+) -> None:
+    monkeypatch.setattr("shoal.market.sealing.MAX_OFFERS_PER_NODE", 2)
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            peer = await lab.peer()
+            for number in range(4):
+                job_id = f"0x{number + 1:064x}"
+                await peer.bid(job_id=job_id)
+                if is_forgotten:
+                    assert book(lab) == [peer.node]
+                    lab.orchestrator.sealer.forget_job(job_id)
+            # The negative control: nonces that are kept for ever use up a node's share of them.
+            assert set(refusals(caplog)) == (set() if is_forgotten else {"too_many_bids"})
+
+    run(scenario)

@@ -229,7 +229,7 @@ def test_a_worker_that_stops_is_leased_nothing_until_it_joins_again(tmp_path: Pa
             lab.start(lab.orchestrator.auctioneer.run())
             offer = await arrival(stopping.offers)
             live = lab.live(offer)
-            await until(lambda: live.record.state is LeaseState.RUNNING)
+            await until(lambda: live.record.state is LeaseState.TAKEN)
             await stopping.fail(offer, FailureCause.STOPPING)
             await other.bid(price_micros=20)
             offer = await arrival(other.offers)
@@ -237,7 +237,7 @@ def test_a_worker_that_stops_is_leased_nothing_until_it_joins_again(tmp_path: Pa
             assert not deal.setbacks.is_paused(stopping.node)
             # Back again it is as welcome as before.
             live = lab.live(offer)
-            await until(lambda: live.record.state is LeaseState.RUNNING)
+            await until(lambda: live.record.state is LeaseState.TAKEN)
             await stopping.join()
             await other.fail(offer, FailureCause.STOPPING)
             await arrival(stopping.offers)
@@ -254,7 +254,7 @@ def test_units_given_back_go_to_the_next_bidder(tmp_path: Path) -> None:
             lab.start(lab.orchestrator.auctioneer.run())
             offer = await arrival(deal.peers[0].offers)
             live = lab.live(offer)
-            await until(lambda: live.record.state is LeaseState.RUNNING)
+            await until(lambda: live.record.state is LeaseState.TAKEN)
             await deal.peers[0].fail(offer, FailureCause.OUT_OF_MEMORY)
             second = await arrival(deal.peers[1].offers)
             assert second.lease.record.lease_epoch == 2

@@ -47,7 +47,8 @@ class Race:
     async def taken(self, number: int) -> tuple[LeaseOffer, LiveLease]:
         offer = await arrival(self.peers[number].offers)
         live = self.lab.live(offer)
-        await until(lambda: live.record.state is LeaseState.RUNNING)
+        await until(lambda: live.record.state is LeaseState.TAKEN)
+        await self.peers[number].beat(offer)
         return offer, live
 
     async def pass_ms(self, span_ms: int, **beating: tuple[int, LeaseOffer]) -> None:

@@ -205,7 +205,7 @@ def test_stake_bounds_what_an_account_holds_with_all_its_nodes(
             assert record.backed_micros(first.account.address) == needed
             assert sale.workload.waiting != []
             # With its verdict a unit needs no stake any more.
-            await until(lambda: live.record.state is LeaseState.RUNNING)
+            await until(lambda: live.record.state is LeaseState.TAKEN)
             lab.orchestrator.dispatcher.conclude(
                 live, live.record.model_copy(update={"state": LeaseState.ACCEPTED}), unit_ms=1
             )

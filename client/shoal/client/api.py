@@ -13,10 +13,12 @@ from pydantic_core import from_json
 
 from shoal.client.views import (
     ENDED,
+    BookView,
     ConnectedWorker,
     JobEvent,
     JobStanding,
     JobView,
+    LeaseView,
     MarketInfo,
     PublishedModel,
     SubmittedJob,
@@ -175,6 +177,22 @@ class ShoalClient:
     async def metrics(self, job_id: str) -> bytes:
         """The job's metrics so far, one JSON object a line, under TRL's names."""
         return await self._get_bytes(f"/v1/market/jobs/{job_id}/metrics")
+
+    async def book(self, job_id: str) -> BookView:
+        """The newest clearing of each kind of the job's tasks.
+
+        Raises:
+            NotFound: the orchestrator has no such job.
+        """
+        return parse_view(BookView, await self._get(f"/v1/market/jobs/{job_id}/book"))
+
+    async def lease(self, lease_id: str) -> LeaseView:
+        """One lease, with the clearing that gave it its price.
+
+        Raises:
+            NotFound: the orchestrator has no such lease.
+        """
+        return parse_view(LeaseView, await self._get(f"/v1/market/leases/{lease_id}"))
 
     async def model(self, job_id: str) -> PublishedModel:
         """The files of the job's published adapter."""

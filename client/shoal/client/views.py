@@ -7,14 +7,16 @@ in micros, times in Unix milliseconds (``_ms``) or seconds (``_s``).
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shoal.protocol.blob import MAX_BLOB_BYTES, BlobRef
+from shoal.protocol.certificate import ClearingRule, ReserveTerms
 from shoal.protocol.errors import PeerFault
-from shoal.protocol.ids import Address, Hex32, Sha256
+from shoal.protocol.ids import Address, Hex32, PeerIdStr, Sha256, ShortId
 from shoal.protocol.job import JobState
+from shoal.protocol.market import MAX_LAGS, TaskKind
 from shoal.protocol.node import ContractAddresses
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.record import first_fault
@@ -22,6 +24,8 @@ from shoal.protocol.signing import Domain
 
 _V = TypeVar("_V", bound="View")
 
+TimeMs = Annotated[int, Field(ge=0, le=253_370_764_800_000)]
+"""A time that has a date: up to the year 9999."""
 MAX_LIST = 100_000
 ENDED = frozenset({JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED})
 """The states in which nothing more is done for a job; a paused one has used up its money."""
@@ -208,6 +212,115 @@ class JobEvent(View):
     at_ms: int
     type: str
     data: dict[str, Any] = Field(default_factory=dict)
+
+
+class ClearingView(View):
+    """What one auction decided, without its bids; the certificate of this digest says it signed.
+
+    ``num_rungs`` bids were eligible, of ``num_bidders`` accounts; ``num_refused`` were not.
+    """
+
+    sha256: Sha256
+    lot_id: ShortId
+    kind: TaskKind
+    epoch: int
+    num_units: int
+    num_commitments: int
+    num_revealed: int
+    num_bidders: int
+    num_rungs: int
+    num_refused: int
+    unfilled_units: int
+    rule: ClearingRule
+    clearing_price_micros: int
+    reserve: ReserveTerms
+    freshness_permille: tuple[int, ...] = Field(min_length=1, max_length=MAX_LAGS)
+    issued_at_ms: TimeMs
+
+
+class RungView(View):
+    """One eligible bid in its place, from 0; money in micros per unit.
+
+    ``num_units`` were won, or stand by; 0 means that others came first.
+    """
+
+    rung: int
+    account: Address
+    node: PeerIdStr
+    name: str
+    price_micros: int
+    handicap_micros: int
+    pay_micros: int
+    num_units: int
+    room_units: int
+    standby: bool
+
+    @property
+    def adjusted_micros(self) -> int:
+        """What bids are compared by."""
+        return self.price_micros + self.handicap_micros
+
+
+class RefusedBidView(View):
+    """A bid that is not on the ladder; ``reason`` is a code such as ``above_reserve``."""
+
+    account: Address
+    node: PeerIdStr
+    name: str
+    price_micros: int
+    handicap_micros: int
+    reason: str
+
+
+class KindBookView(View):
+    """The newest clearing of one kind of a job's tasks.
+
+    ``rungs`` and ``refused`` are the first ones where there are very many; ``refused_for``
+    counts all by their reason.  ``lease_ids`` are the kind's newest leases.
+    """
+
+    clearing: ClearingView
+    rungs: tuple[RungView, ...] = Field(max_length=MAX_LIST)
+    refused: tuple[RefusedBidView, ...] = Field(max_length=MAX_LIST)
+    refused_for: dict[str, int]
+    lease_ids: tuple[ShortId, ...] = Field(max_length=MAX_LIST)
+
+
+class BookView(View):
+    """How the market stands to a job; a kind that was never auctioned is not in it."""
+
+    job_id: Hex32
+    books: tuple[KindBookView, ...] = Field(max_length=len(TaskKind))
+
+
+class LeaseView(View):
+    """One lease, and why its node has it at its price.
+
+    ``attempt`` counts the leases of its task up to this one.  ``pay_micros`` is its whole pay,
+    0 until it is accepted.  ``clearing``, ``bid`` (its rung there) and ``next_bid`` (the rung
+    after it) are absent where the orchestrator has no certificate of it.
+    """
+
+    lease_id: ShortId
+    job_id: Hex32
+    lot_id: ShortId
+    task_id: ShortId
+    attempt: int
+    kind: TaskKind
+    state: str
+    reason: str
+    account: Address
+    node: PeerIdStr
+    num_units: int
+    unit_price_micros: int
+    pay_micros: int
+    issued_at_ms: TimeMs
+    ended_at_ms: TimeMs | None = None
+    certificate_sha256: Sha256 | None = None
+    rung: int | None = None
+    clearing: ClearingView | None = None
+    bid: RungView | None = None
+    next_bid: RungView | None = None
 
 
 class ModelFileView(View):

@@ -29,6 +29,8 @@ from shoal.protocol.errors import InvalidRequest, NotFound
 MAX_CLAIMS_PER_CALL = 100
 """Keeps one `claim_many` near a third of a 30-million-gas block."""
 NEVER = 2**64 - 1
+UNLIMITED = 2**256 - 1
+"""An allowance that is never used up.  Source: OpenZeppelin ERC20, ``_spendAllowance``."""
 CLAIM_GAS = 120_000
 CLAIM_MANY_BASE_GAS = 100_000
 """Gas set aside per claim and per transaction; a first claim to a fresh account measures
@@ -39,7 +41,7 @@ class JobEscrow(BoundContract):
     """``JobEscrow``.
 
     Verbs that a crash must not repeat come twice: ``post_epoch`` sends, ``post_call`` gives
-    the call for an outbox to send.
+    the call for an outbox to send; so for closing a job and for its bond.
     """
 
     name = "JobEscrow"
@@ -52,6 +54,10 @@ class JobEscrow(BoundContract):
     async def challenge_window_s(self) -> int:
         """Seconds a posted root waits before it can be claimed under."""
         return cast(int, await self._view("CHALLENGE_WINDOW"))
+
+    async def min_bond_micros(self) -> int:
+        """What a coordinator must have put up for a job before it may post; 0 for nothing."""
+        return cast(int, await self._view("MIN_BOND"))
 
     async def court(self) -> str:
         """The address of the one court that can freeze this escrow's jobs."""
@@ -146,15 +152,47 @@ class JobEscrow(BoundContract):
         """
         return await self._hands.sender.send(self.post_call(post))
 
+    def allow_bonds_call(self) -> Call:
+        """The transaction after which the escrow may take any bond that we put up.
+
+        It takes tokens only of who calls it, so nobody else can use the allowance.
+        """
+        return self._token.approve_call(self.address, UNLIMITED)
+
+    async def may_take_bonds(self) -> bool:
+        """Whether our allowance to the escrow is one that is not used up."""
+        allowed = await self._token.allowance(self._hands.sender.account.address, self.address)
+        return allowed > UNLIMITED // 2
+
+    def bond_call(self, job_id: str, amount_micros: int) -> Call:
+        """The transaction that makes us answer for the job with ``amount_micros`` more."""
+        args = [job_id_bytes(job_id), amount_micros]
+        return self._call("putUpBond", args, "put up the job's bond")
+
     async def put_up_bond(self, job_id: str, amount_micros: int) -> Mined:
         """We answer for the job with ``amount_micros`` more; its coordinator only."""
         await self._token.approve(self.address, amount_micros)
-        args = [job_id_bytes(job_id), amount_micros]
-        return await self._send("putUpBond", args, "put up the job's bond")
+        return await self._hands.sender.send(self.bond_call(job_id, amount_micros))
+
+    async def bonding(
+        self, job_id: str, least_micros: int, from_block: int | None = None
+    ) -> Landing | None:
+        """Where the job's bond came to be ``least_micros``; None while the log does not show it."""
+        logs = await self._job_events("BondPutUp", job_id, from_block)
+        return next((_landing(log) for log in logs if log["args"]["bond"] >= least_micros), None)
+
+    def return_bond_call(self, job_id: str) -> Call:
+        """The transaction that pays the job's bond back."""
+        return self._call("returnBond", [job_id_bytes(job_id)], "return the job's bond")
 
     async def return_bond(self, job_id: str) -> Mined:
         """The job's coordinator has its bond back, whoever calls."""
-        return await self._send("returnBond", [job_id_bytes(job_id)], "return the job's bond")
+        return await self._hands.sender.send(self.return_bond_call(job_id))
+
+    async def bond_return(self, job_id: str, from_block: int | None = None) -> Landing | None:
+        """Where the job's bond was paid back; None while the log shows no such thing."""
+        logs = await self._job_events("BondReturned", job_id, from_block)
+        return _landing(logs[-1]) if logs else None
 
     async def claim(self, job_id: str, claim: Claim) -> Mined:
         """``claim.account`` has been paid all that the job's root owes it.

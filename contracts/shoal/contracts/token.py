@@ -52,8 +52,17 @@ class Token(BoundContract):
 
     async def approve(self, spender: str, amount_micros: int) -> Mined:
         """``spender`` may take ``amount_micros`` of our tokens."""
+        return await self._hands.sender.send(self.approve_call(spender, amount_micros))
+
+    def approve_call(self, spender: str, amount_micros: int) -> Call:
+        """The transaction after which ``spender`` may take ``amount_micros`` of our tokens."""
         args = [account_address(spender), amount_micros]
-        return await self._send("approve", args, f"let {spender} take tokens")
+        return self._call("approve", args, f"let {spender} take tokens")
+
+    async def allowance(self, owner: str, spender: str) -> int:
+        """What ``spender`` may still take of ``owner``'s tokens, in micros."""
+        args = account_address(owner), account_address(spender)
+        return cast(int, await self._view("allowance", *args))
 
     async def fund(self, account: str, eth_wei: int, token_micros: int) -> list[Mined]:
         """``account`` has been given gas money and fresh tokens; development chains only."""

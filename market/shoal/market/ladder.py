@@ -66,9 +66,10 @@ class RunningLadder(Generic[_P]):
     def __len__(self) -> int:
         return len(self._rungs)
 
-    def holds(self, node: str) -> bool:
-        """Whether the node has a rung."""
-        return node in self._of_node
+    @property
+    def nodes(self) -> Collection[str]:
+        """Who has a rung."""
+        return self._of_node.keys()
 
     def next_rung(
         self, parcel: _P, num_units: int, *, nodes: Iterable[str], in_flight: Mapping[str, int]

@@ -17,6 +17,7 @@ from shoal.orchestrator.context import Context
 from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Event, Journal
+from shoal.orchestrator.market_book import explained_lease, job_book
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.settler import Settler
@@ -78,8 +79,10 @@ class Api:
         app.get(f"{job}/events")(self.events)
         app.get(f"{job}/events/stream")(self.event_stream)
         app.get(f"{job}/metrics")(self.metrics)
+        app.get(f"{job}/book")(self.book)
         app.get(f"{job}/certificates")(self.certificates)
         app.get(f"{market}/certificates/{{sha256}}")(self.certificate)
+        app.get(f"{market}/leases/{{lease_id}}")(self.lease)
         app.get(f"{job}/payouts")(self.payouts)
         app.get(f"{job}/payouts/{{account}}")(self.payout)
         app.get("/v1/models/{job_id}")(self.model)
@@ -205,6 +208,14 @@ class Api:
         """One clearing with all it was made of, for `shoal market replay`."""
         clearing = await published_clearing(self._context, sha256)
         return Response(clearing.encode(), media_type="application/json")
+
+    async def book(self, job_id: str) -> dict[str, Any]:
+        """The newest clearing of each kind of the job's tasks: who won, who did not, why."""
+        return await job_book(self._context, job_id)
+
+    async def lease(self, lease_id: str) -> dict[str, Any]:
+        """One lease with the clearing and the rung that gave it its price."""
+        return await explained_lease(self._context, lease_id)
 
     async def payouts(self, job_id: str) -> dict[str, Any]:
         """What the last settled epoch owes everybody."""

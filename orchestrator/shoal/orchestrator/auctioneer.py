@@ -7,12 +7,9 @@ import logging
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 
-from shoal.market.certificate import Session, clear_and_certify
-from shoal.market.clearing import Auction, Cleared, Refusal, parcels_of
+from shoal.market.clearing import Refusal
 from shoal.market.fairness import FairShares
-from shoal.market.frozen import TermsTable
-from shoal.market.pricing import next_posted_price
-from shoal.market.reserve import raised
+from shoal.orchestrator.clearings import Clearings
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.leases import LiveLease
@@ -21,16 +18,14 @@ from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.store.rows import insert_rows
-from shoal.orchestrator.store.tables import CertificateRow, LotRow
+from shoal.orchestrator.store.tables import LotRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
-from shoal.protocol.canonical import canonical_bytes
-from shoal.protocol.certificate import ClearingCertificate, ClearingRule, ReserveTerms, Rung
+from shoal.protocol.certificate import Rung
 from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unavailable
 from shoal.protocol.market import TaskKind
-from shoal.protocol.node import CERTIFICATES_TOPIC, LOTS_TOPIC, IdleReason
+from shoal.protocol.node import LOTS_TOPIC, IdleReason
 from shoal.protocol.record import Record
-from shoal.protocol.signing import sign
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +70,7 @@ class Auctioneer:
         self._record = record
         self._open: list[Workload] = []
         self._shares = FairShares()
-        self._posted: dict[tuple[str, TaskKind], int] = {}
+        self._clearings = Clearings(context, sealer, record, self._may_work, self.announce)
         self._changed = asyncio.Event()
         self._with_room: defaultdict[TaskKind, dict[str, None]] = defaultdict(dict)
         """Nodes that may have room for a kind, in the order in which they came to have it."""
@@ -113,7 +108,7 @@ class Auctioneer:
             return IdleReason.STARTING
         placements = [w.placement for w in self._open if w.placement is not None and w.undelivered]
         digests = {entry.digest for entry in bids}
-        if any(placement.ladder.holds(node) for placement in placements):
+        if any(node in placement.ladder.nodes for placement in placements):
             return IdleReason.OUTBID
         reasons = {
             placement.refused[digest]
@@ -160,8 +155,7 @@ class Auctioneer:
         for workload in self._open:
             workload.closed = workload.closed or workload.lot.job_id == job_id
         self._sweep()
-        for kind in TaskKind:
-            self._posted.pop((job_id, kind), None)
+        self._clearings.forget(job_id)
         self._shares.forget(job_id)
         self._dispatcher.forget_job(job_id)
 
@@ -230,7 +224,7 @@ class Auctioneer:
             # The job may end, or another lease deliver the parcel, while one is written down.
             if workload.closed or parcel not in workload.waiting:
                 continue
-            placement = await self._placement(workload, parcel)
+            placement = await self._clearings.placement(workload, parcel)
             nodes = self._ready_nodes(workload)
             if placement is None or not nodes or passed_over >= _PARCELS_PASSED_OVER:
                 break
@@ -244,84 +238,6 @@ class Auctioneer:
             if one:
                 break
         return granted
-
-    async def _placement(self, workload: Workload, parcel: Parcel) -> Placement | None:
-        """The lot's clearing, made anew for another book, or where the parcel needs it."""
-        market, placement = self._sealer.market, workload.placement
-        if market is None:
-            return placement
-        reserve = workload.reserve
-        if placement is not None and placement.needs_clearing(parcel):
-            if placement.raises_reserve(parcel):
-                reserve = raised(reserve)
-        elif placement is not None and placement.epoch == market.book.epoch:
-            return placement
-        workload.placement = await self._clear(workload, reserve, parcel)
-        # Only now: a clearing that could not be written down is tried again as it was.
-        workload.reserve = reserve
-        return workload.placement
-
-    async def _clear(self, workload: Workload, reserve: ReserveTerms, parcel: Parcel) -> Placement:
-        """What waits of the lot, and the parcel, is auctioned over the present book, once."""
-        terms = self._record.terms(workload)
-        sizes = [len(units) for units in {*workload.waiting, parcel}]
-        cleared, certificate, posted_micros = self._auction(workload, reserve, sizes, terms)
-        signed = sign(certificate, self._context.domain, self._context.account)
-        row = CertificateRow(
-            sha256=certificate.digest(),
-            job_id=workload.lot.job_id,
-            lot_id=workload.lot.lot_id,
-            epoch=certificate.epoch,
-            certificate=signed.encode().decode(),
-            terms=canonical_bytes([row.to_json() for row in terms.rows]).decode(),
-            issued_ms=certificate.issued_at_ms,
-        )
-        before = workload.placement
-        # Before any lease cites it; what is cleared again to the same end is there already.
-        if before is None or before.sha256 != row.sha256:
-            await self._context.database.run(lambda session: insert_rows(session, row))
-        # A task that is only done twice is no new demand.
-        if posted_micros is not None and workload.waiting:
-            self._posted[workload.lot.job_id, workload.kind] = posted_micros
-        await self.announce(CERTIFICATES_TOPIC, signed)
-        earlier = {} if before is None else before.carried(workload.undelivered)
-        return Placement.of(signed, cleared, earlier)
-
-    def _auction(
-        self, workload: Workload, reserve: ReserveTerms, sizes: list[int], terms: TermsTable
-    ) -> tuple[Cleared, ClearingCertificate, int | None]:
-        """The clearing and its certificate; under the posted rule, the next lot's price too."""
-        market = self._sealer.market
-        if market is None:
-            raise Unavailable("No bid has been sealed yet.", code="no_book")
-        update = {"num_units": sum(sizes), "reserve_micros": reserve.reserve_micros}
-        lot = workload.lot.model_copy(update=update)
-        session = Session(
-            seal=market.seal.record,
-            book=market.book,
-            terms=terms,
-            head=market.head,
-        )
-        posted = self._posted.get((lot.job_id, workload.kind), lot.reserve_micros)
-        while True:
-            cleared, certificate = clear_and_certify(
-                Auction(lot=lot, parcels=parcels_of(sizes), posted_micros=posted),
-                reserve,
-                session,
-                issued_at_ms=self._context.time.now_ms(),
-            )
-            if cleared.rule is not ClearingRule.POSTED:
-                return cleared, certificate, None
-            following = next_posted_price(
-                cleared.clearing_price_micros,
-                demand_units=lot.num_units,
-                supply_units=cleared.supply_units,
-                reserve_micros=lot.reserve_micros,
-            )
-            # A price nobody takes is no price: the lot waits for nobody but a dearer one.
-            if len(cleared.ladder) or following <= cleared.clearing_price_micros:
-                return cleared, certificate, following
-            posted = following
 
     def _ready_nodes(self, workload: Workload) -> list[str]:
         """The nodes that have room for the workload's kind and may work on it now."""
@@ -376,7 +292,7 @@ class Auctioneer:
         if workload.closed or not behind.record.state.is_open:
             return False
         nodes = [node for node in self._ready_nodes(workload) if node != behind.lease.node]
-        placement = await self._placement(workload, behind.units) if nodes else None
+        placement = await self._clearings.placement(workload, behind.units) if nodes else None
         if placement is None:
             return False
         rung = self._next_rung(workload, placement, behind.units, nodes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session as DatabaseSession
 
 from shoal.market.certificate import Chainhead, Session, clear_and_certify
-from shoal.market.clearing import Auction
+from shoal.market.clearing import Auction, Cleared
 from shoal.market.frozen import FrozenBook, OpenedBid, TermsTable
 from shoal.market.replay import ClearingFile, clearing_file
 from shoal.orchestrator.context import Context
@@ -22,13 +25,43 @@ from shoal.protocol.signing import Domain, Signed, signing_digest
 _MAX_PAGE = 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recleared:
+    """A stored certificate with its sealed book, and what that book clears to again."""
+
+    certificate: Signed[ClearingCertificate]
+    seal: Signed[BookSeal]
+    commitments: tuple[bytes, ...]
+    market: Session
+    cleared: Cleared
+
+
 async def published_clearing(context: Context, sha256: str) -> ClearingFile:
     """The clearing of that certificate, with the sealed book and the terms it was made of.
 
     Raises:
         NotFound: no such certificate was ever signed here.
     """
-    return await context.database.run(lambda session: _assembled(session, context.domain, sha256))
+    found = await recleared(context, sha256)
+    return clearing_file(
+        found.certificate,
+        found.seal,
+        found.commitments,
+        found.market,
+        found.cleared.ladder.rungs(),
+        domain=context.domain,
+    )
+
+
+async def recleared(context: Context, sha256: str) -> Recleared:
+    """The clearing of that certificate, worked out again from the stored book.
+
+    Raises:
+        NotFound: no such certificate was ever signed here.
+    """
+    stored = await context.database.run(lambda session: _stored(session, sha256))
+    # Beside the database's thread, in which leases wait to be written.
+    return await asyncio.to_thread(_cleared_again, stored, context.domain)
 
 
 async def listed_certificates(
@@ -43,10 +76,10 @@ async def listed_certificates(
         ordered = rows.order_by(CertificateRow.issued_ms.desc())
         return list(session.scalars(ordered.limit(min(limit, _MAX_PAGE))))
 
-    return [_summary(row) for row in await context.database.run(query)]
+    return [_listed(row) for row in await context.database.run(query)]
 
 
-def _summary(row: CertificateRow) -> dict[str, object]:
+def _listed(row: CertificateRow) -> dict[str, object]:
     record = Signed[ClearingCertificate].decode(row.certificate.encode()).record
     return {
         "sha256": row.sha256,
@@ -62,7 +95,16 @@ def _summary(row: CertificateRow) -> dict[str, object]:
     }
 
 
-def _assembled(session: DatabaseSession, domain: Domain, sha256: str) -> ClearingFile:
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The rows of one clearing; ``entries`` are all that may cover its epoch."""
+
+    row: CertificateRow
+    sealed: SealRow
+    entries: list[str]
+
+
+def _stored(session: DatabaseSession, sha256: str) -> _Stored:
     row = session.get(CertificateRow, sha256)
     if row is None:
         raise NotFound(
@@ -70,11 +112,20 @@ def _assembled(session: DatabaseSession, domain: Domain, sha256: str) -> Clearin
             "their digests.",
             code="no_such_certificate",
         )
+    entries = select(CommitmentRow.entry).where(CommitmentRow.epoch_to >= row.epoch)
+    return _Stored(
+        row=row,
+        sealed=session.get_one(SealRow, row.epoch),
+        entries=list(session.scalars(entries)),
+    )
+
+
+def _cleared_again(stored: _Stored, domain: Domain) -> Recleared:
+    row, sealed = stored.row, stored.sealed
     certificate = Signed[ClearingCertificate].decode(row.certificate.encode())
     record = certificate.record
-    sealed = session.get_one(SealRow, row.epoch)
     seal = Signed[BookSeal].decode(sealed.seal.encode())
-    entries = _entries(session, row.epoch)
+    entries = _covering(stored.entries, row.epoch)
     market = Session(
         seal=seal.record,
         book=FrozenBook(row.epoch, _competing(sealed, entries, domain)),
@@ -91,26 +142,24 @@ def _assembled(session: DatabaseSession, domain: Domain, sha256: str) -> Clearin
         auction, record.reserve, market, issued_at_ms=record.issued_at_ms
     )
     if again != record:
-        raise InvariantBroken(f"Certificate {sha256} is not what its stored book clears to.")
-    return clearing_file(
-        certificate,
-        seal,
-        sorted(unhex(name) for name in entries),
-        market,
-        cleared.ladder.rungs(),
-        domain=domain,
+        raise InvariantBroken(f"Certificate {row.sha256} is not what its stored book clears to.")
+    return Recleared(
+        certificate=certificate,
+        seal=seal,
+        commitments=tuple(sorted(unhex(name) for name in entries)),
+        market=market,
+        cleared=cleared,
     )
 
 
-def _entries(session: DatabaseSession, epoch: int) -> dict[str, StandingCommitment]:
-    """Every commitment whose receipt covers the epoch."""
-    rows = session.scalars(select(CommitmentRow.entry).where(CommitmentRow.epoch_to >= epoch))
-    found = (StandingCommitment.decode(row.encode()) for row in rows)
+def _covering(entries: list[str], epoch: int) -> dict[str, StandingCommitment]:
+    """Every commitment of ``entries`` whose receipt covers the epoch."""
+    found = (StandingCommitment.decode(entry.encode()) for entry in entries)
     return {entry.receipt.commitment: entry for entry in found if entry.receipt.covers(epoch)}
 
 
 def _competing(
-    sealed: SealRow, entries: dict[str, StandingCommitment], domain: Domain
+    sealed: SealRow, entries: Mapping[str, StandingCommitment], domain: Domain
 ) -> list[OpenedBid]:
     opened = []
     for name in json.loads(sealed.competing or "[]"):

@@ -61,7 +61,9 @@ from shoal.protocol.signing import sign
 
 _log = logging.getLogger(__name__)
 
-_OFFER_TIMEOUT_S = 10.0
+_ANSWER_WITHIN_MS = 10_000
+"""How long a node may take to say whether it takes a lease: its offer clock."""
+_OFFER_TIMEOUT_S = _ANSWER_WITHIN_MS / 1_000
 _UNKNOWN_UNIT_MS = 1_000
 """What a unit is taken to cost while none of its job and kind has been accepted."""
 _STALL_SHARE = 3
@@ -191,7 +193,7 @@ class Dispatcher:
             times=Times(now_ms=self._context.time.now_ms(), backlog_ms=backlog_ms),
         )
         live = LiveLease(
-            record=leases.offer(lease),
+            record=leases.offer(lease, answer_within_ms=_ANSWER_WITHIN_MS),
             signed=sign(lease, self._context.domain, self._context.account),
             task=task,
             units=units,
@@ -239,7 +241,7 @@ class Dispatcher:
                 return
             self._table.change(
                 live,
-                leases.start(
+                leases.take(
                     live.record,
                     node=node,
                     lease_epoch=live.lease.lease_epoch,
@@ -247,9 +249,21 @@ class Dispatcher:
                 ),
             )
         except ShoalError as error:
-            # The result may even have come first; only an offer still open is lost.
-            if live.record.state is LeaseState.OFFERED:
-                await self._refused(live, error.message)
+            await self._unanswered(live, error.message)
+
+    async def _unanswered(self, live: LiveLease, reason: str) -> None:
+        """No word of the holder's: the offer clock ends it if it has run out, else we do at once.
+
+        The first heartbeat or even the result may have come first; only an offer still open is
+        lost.
+        """
+        if live.record.state is not LeaseState.OFFERED:
+            return
+        record = leases.expire_if_due(live.record, now_ms=self._context.time.now_ms())
+        if record is live.record:
+            await self._refused(live, reason)
+        else:
+            await self.end(live, record, failed=True)
 
     async def _refused(self, live: LiveLease, reason: str) -> None:
         if not live.record.state.is_open:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from pydantic import Field
 from sqlalchemy.orm import Session
 
 from shoal.contracts.delivery import Landing
@@ -15,14 +16,25 @@ from shoal.orchestrator.outbox import EffectKind, enqueue
 from shoal.orchestrator.store.tables import EpochRow, EventRow
 from shoal.protocol.clock import TimeSource
 from shoal.protocol.errors import InvariantBroken, Unavailable
+from shoal.protocol.ids import Hex32
+from shoal.protocol.record import Record
 
 POST_EPOCH = "post_epoch"
 CLOSE_JOB = "close_job"
+ALLOW_BONDS = "allow_bonds"
+PUT_UP_BOND = "put_up_bond"
+RETURN_BOND = "return_bond"
 
 
 def effect_kinds(escrow: JobEscrow, time: TimeSource) -> Mapping[str, EffectKind]:
     """Every kind the orchestrator's outbox delivers."""
-    return {POST_EPOCH: EpochPosting(escrow, time), CLOSE_JOB: JobClosing(escrow)}
+    return {
+        POST_EPOCH: EpochPosting(escrow, time),
+        CLOSE_JOB: JobClosing(escrow),
+        ALLOW_BONDS: BondsAllowing(escrow),
+        PUT_UP_BOND: BondPuttingUp(escrow),
+        RETURN_BOND: BondReturning(escrow),
+    }
 
 
 def epoch_key(job_id: str, epoch: int) -> str:
@@ -35,6 +47,32 @@ def closing_key(job_id: str) -> str:
     return f"close/{job_id}"
 
 
+def allowance_key(escrow: str) -> str:
+    """The claim key of our allowance to an escrow."""
+    return f"allow_bonds/{escrow.lower()}"
+
+
+def bond_key(job_id: str) -> str:
+    """The claim key of a job's bond."""
+    return f"bond/{job_id}"
+
+
+def bond_return_key(job_id: str) -> str:
+    """The claim key of a job's bond coming back."""
+    return f"bond_return/{job_id}"
+
+
+def enqueue_bond(session: Session, account: str, escrow: str, bond: JobBond) -> None:
+    """The bond, and the escrow's leave to take it, will be given once this transaction commits."""
+    enqueue(session, account, allowance_key(escrow), ALLOW_BONDS, "")
+    enqueue(session, account, bond_key(bond.job_id), PUT_UP_BOND, bond.model_dump_json())
+
+
+def enqueue_bond_return(session: Session, account: str, job_id: str) -> None:
+    """The bond will be asked back once this transaction commits."""
+    enqueue(session, account, bond_return_key(job_id), RETURN_BOND, job_id)
+
+
 def enqueue_epoch(session: Session, account: str, post: EpochPost) -> None:
     """The epoch will be posted once this transaction commits."""
     key = epoch_key(post.job_id, post.epoch)
@@ -44,6 +82,13 @@ def enqueue_epoch(session: Session, account: str, post: EpochPost) -> None:
 def enqueue_closing(session: Session, account: str, job_id: str) -> None:
     """The job's escrow will be closed once this transaction commits."""
     enqueue(session, account, closing_key(job_id), CLOSE_JOB, job_id)
+
+
+class JobBond(Record):
+    """What a job's bond is to be.  Writer: `enqueue_bond`.  Reader: `BondPuttingUp`."""
+
+    job_id: Hex32
+    amount_micros: int = Field(ge=1, lt=1 << 128)
 
 
 class EpochPosting:
@@ -122,3 +167,63 @@ class JobClosing:
 
     def landed(self, session: Session, payload: str, landing: Landing) -> None:
         """Nothing follows; who ends the job writes that down."""
+
+
+class BondsAllowing:
+    """The escrow's leave to take our bonds, given once for all jobs."""
+
+    def __init__(self, escrow: JobEscrow) -> None:
+        self._escrow = escrow
+
+    def call(self, payload: str) -> Call:
+        """The approval; ``payload`` says nothing."""
+        return self._escrow.allow_bonds_call()
+
+    async def find(self, payload: str) -> Landing | None:
+        """Whether the leave is there, whichever transaction gave it."""
+        return Landing() if await self._escrow.may_take_bonds() else None
+
+    def landed(self, session: Session, payload: str, landing: Landing) -> None:
+        """Nothing follows."""
+
+
+class BondPuttingUp:
+    """A job's bond, put up by us before its first epoch is posted."""
+
+    def __init__(self, escrow: JobEscrow) -> None:
+        self._escrow = escrow
+
+    def call(self, payload: str) -> Call:
+        """The putting up; ``payload`` is the `JobBond`."""
+        bond = JobBond.model_validate_json(payload)
+        return self._escrow.bond_call(bond.job_id, bond.amount_micros)
+
+    async def find(self, payload: str) -> Landing | None:
+        """Where the job's bond came to be as large."""
+        bond = JobBond.model_validate_json(payload)
+        return await self._escrow.bonding(bond.job_id, bond.amount_micros)
+
+    def landed(self, session: Session, payload: str, landing: Landing) -> None:
+        """Nothing follows."""
+
+
+class BondReturning:
+    """A job's bond, ours again after the job's end."""
+
+    def __init__(self, escrow: JobEscrow) -> None:
+        self._escrow = escrow
+
+    def call(self, payload: str) -> Call:
+        """The return; ``payload`` is the job's id."""
+        return self._escrow.return_bond_call(payload)
+
+    async def find(self, payload: str) -> Landing | None:
+        """Where the bond was paid back; nowhere in particular where the court took it."""
+        returned = await self._escrow.bond_return(payload)
+        if returned is not None:
+            return returned
+        job = await self._escrow.job(payload)
+        return Landing() if job.frozen and not job.bond_micros else None
+
+    def landed(self, session: Session, payload: str, landing: Landing) -> None:
+        """Nothing follows."""

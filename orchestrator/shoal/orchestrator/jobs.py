@@ -12,13 +12,14 @@ from sqlalchemy.orm import Session
 
 from shoal.models.base import describe_base
 from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.bonds import Bonds
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
-from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.settler import JobFrozen, Settler
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.errors import (
@@ -61,6 +62,7 @@ class Jobs:
         dispatcher: Dispatcher,
         auctioneer: Auctioneer,
         publisher: Publisher,
+        bonds: Bonds,
     ) -> None:
         self._context = context
         self._journal = journal
@@ -68,6 +70,8 @@ class Jobs:
         self._dispatcher = dispatcher
         self._auctioneer = auctioneer
         self._publisher = publisher
+        self._bonds = bonds
+        settler.on_frozen = self._freeze
         self._running: dict[str, JobRun] = {}
         self._cancelled: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -153,6 +157,16 @@ class Jobs:
             # Its policy is still being loaded; it is halted as soon as there is a run.
             self._cancelled.add(job_id)
 
+    async def _freeze(self, job_id: str, error: JobFrozen) -> None:
+        """Nobody works for the job any more, and it ends with the error at its next wait."""
+        run = self._running.get(job_id)
+        if run is None:
+            return
+        run.selling = False
+        run.halt(error)
+        self._auctioneer.withdraw(job_id)
+        await self._dispatcher.revoke_job(job_id, "the fault court froze the job's escrow")
+
     async def close(self) -> None:
         """Stops driving all jobs; their records stay as they are."""
         for task in list(self._tasks):
@@ -192,6 +206,9 @@ class Jobs:
             if job_id in self._cancelled:
                 run.halt(JobCancelled("cancelled by its requester"))
             await run.restore()
+            if row.state == JobState.RUNNING.value:
+                # Before anything is leased: without it no work could be paid for.
+                await self._put_up_bond(job_id)
         except ShoalError as error:
             # What a job has learnt may still be saved by who mends this; a new one has nothing.
             state = JobState.PAUSED if row.policy_version else JobState.FAILED
@@ -214,7 +231,10 @@ class Jobs:
 
     async def _settle_and_finish(self, job_id: str, state: JobState, reason: str) -> None:
         """Everybody is paid, the job is at its end, and its escrow closed unless it may go on."""
-        await self._settle_fully(job_id)
+        try:
+            await self._settle_fully(job_id)
+        except JobFrozen as error:
+            state, reason = JobState.FAILED, error.message
         if state is not JobState.PAUSED:
             await self._close_escrow(job_id)
             self._auctioneer.forget_job(job_id)
@@ -261,6 +281,15 @@ class Jobs:
         self._auctioneer.withdraw(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has ended")
         await self._dispatcher.drained(job_id)
+
+    async def _put_up_bond(self, job_id: str) -> None:
+        while True:
+            try:
+                return await self._bonds.put_up(job_id)
+            except (Unavailable, ChainRejected) as error:
+                _require_passing(error)
+                _log.warning("bond_waits", extra={"job_id": job_id, "reason": str(error)})
+                await asyncio.sleep(_CHAIN_RETRY_S)
 
     async def _settle_fully(self, job_id: str) -> None:
         while True:

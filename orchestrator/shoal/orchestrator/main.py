@@ -26,6 +26,7 @@ from shoal.network.libp2p_node import Libp2pNode
 from shoal.network.port import Limits
 from shoal.orchestrator.api import Api
 from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.bonds import Bonds
 from shoal.orchestrator.config import OrchestratorConfig
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
@@ -54,6 +55,7 @@ _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 _STAKES_S = 60.0
+_BONDS_S = 60.0
 READY_LINE = "shoal-orchestrator-ready"
 
 
@@ -72,6 +74,7 @@ class Orchestrator:
             Policy(depth=context.config.chain_depth),
         )
         self.settler = Settler(context, self.journal, self.outbox)
+        self.bonds = Bonds(context, self.outbox)
         self.record = TrackRecord(context, self.roster)
         self.setbacks = Setbacks(context, self.journal, self.roster, self.record)
         self.dispatcher = Dispatcher(context, self.roster, self.settler, self.setbacks, self.record)
@@ -87,6 +90,7 @@ class Orchestrator:
             self.dispatcher,
             self.auctioneer,
             self.publisher,
+            self.bonds,
         )
         self.verifier = Verifier(
             context, self.journal, self.settler, self.dispatcher, self.record, self.jobs
@@ -109,6 +113,7 @@ class Orchestrator:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Everything runs until ``stop`` is set or a part breaks."""
+        await self.bonds.open()
         await self.record.restore()
         await self.sealer.restore()
         await self.jobs.resume()
@@ -123,6 +128,7 @@ class Orchestrator:
                 "clocks": self._tick(),
                 "settlement": self._settle(),
                 "stakes": self._watch_stakes(),
+                "bonds": self._watch_bonds(),
                 "stop": stop.wait(),
             }.items()
         ]
@@ -152,6 +158,14 @@ class Orchestrator:
                 await self.roster.refresh_stakes()
             except Unavailable as error:
                 _log.warning("stakes_not_read", extra={"reason": error.message})
+
+    async def _watch_bonds(self) -> None:
+        while True:
+            await asyncio.sleep(_BONDS_S)
+            try:
+                await self.bonds.take_back()
+            except Unavailable as error:
+                _log.warning("bonds_wait", extra={"reason": error.message})
 
     async def authorise_upload(self, token: str, digest: str, size_bytes: int) -> None:
         """Passes if ``token`` is a lease's, or of a request for evidence, and these its bytes.

@@ -234,7 +234,8 @@ class Sealer:
         now_ms = self._context.time.now_ms()
         proofs, wanted = self._book.of_node(member.node)
         waited_ms = now_ms - self._noticed_ms.get(member.node, 0)
-        if not proofs or not (wanted or waited_ms >= _NOTICE_EVERY_MS):
+        # Also to one with no proof at all: whose every bid was left out must hear of the seal.
+        if not wanted and waited_ms < _NOTICE_EVERY_MS:
             return None
         self._noticed_ms[member.node] = now_ms
         return SealNotice(seal=seal, proofs=proofs, wanted=wanted)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shoal.contracts.records import Claim, EpochPost
+from shoal.contracts.records import Claim, EpochPost, EscrowState
 from shoal.market.lease import LeaseState
 from shoal.market.settlement import Ledger, PayEntry, PayoutSet
 from shoal.orchestrator.context import Context
@@ -24,6 +24,7 @@ from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.outbox import Outbox
 from shoal.orchestrator.store.tables import EpochRow, JobRow, LeaseRow, StatementRow
 from shoal.protocol.errors import ChainRejected, NotFound, Unavailable
+from shoal.protocol.money import format_dollars
 from shoal.provenance.log import EpochLog
 from shoal.provenance.statement import StatementKind
 
@@ -40,6 +41,16 @@ class PayoutProof:
     claim: Claim
 
 
+class JobFrozen(ChainRejected):
+    """The court has ended the job: nothing more of it is ever posted."""
+
+    default_code = "job_frozen"
+
+
+async def _nothing(job_id: str, error: JobFrozen) -> None:
+    """Nobody is told of a frozen job."""
+
+
 class Settler:
     """Closes epochs and posts their roots."""
 
@@ -49,6 +60,8 @@ class Settler:
         self._outbox = outbox
         self._ledgers: dict[str, Ledger] = {}
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.on_frozen: Callable[[str, JobFrozen], Awaitable[None]] = _nothing
+        """Called with a job of the round that the court has ended, and why."""
 
     def ledger(self, job_id: str) -> Ledger:
         """The money of a job this process runs."""
@@ -71,12 +84,15 @@ class Settler:
         Raises:
             Unavailable: the chain or the database did not answer; calling again goes on
                 where this call stopped.
+            JobFrozen: the court has ended the job.
             ChainRejected: the escrow refused the roots.
         """
         # The epochs' own clock and the end of a job may both ask at the same time.
         async with self._turns[job_id]:
             await self._post_unposted(job_id)
             if not await self._context.database.run(lambda session: _pending(session, job_id)):
+                # Who posts looks first; else workers might work on for nothing.
+                await self._unfrozen(job_id)
                 return False
             # One synchronous step: pay decided from here on belongs to the next epoch.
             epoch = self._journal.turn_epoch(job_id)
@@ -127,7 +143,7 @@ class Settler:
             await self._post(row)
 
     async def _post(self, row: EpochRow) -> None:
-        onchain = await self._context.chain.escrow.job(row.job_id)
+        onchain = await self._unfrozen(row.job_id)
         waits = onchain.epoch < row.epoch and onchain.ready_at_s > 0
         if waits and onchain.ready_at_s > await self._context.chain.now_s():
             raise Unavailable(
@@ -137,6 +153,21 @@ class Settler:
             )
         await self._outbox.deliver(epoch_key(row.job_id, row.epoch))
         self._journal.wake(row.job_id)
+
+    async def _unfrozen(self, job_id: str) -> EscrowState:
+        """The job's escrow, which the court has not frozen."""
+        escrow = await self._context.chain.escrow.job(job_id)
+        if escrow.frozen:
+            rest = escrow.funded_micros - escrow.committed_micros - escrow.refunded_micros
+            raise JobFrozen(
+                "The fault court froze the job's escrow, because its orchestrator was proved to "
+                "have broken the rules of the market: nothing more is leased or paid. The "
+                f"${format_dollars(escrow.committed_micros)} that its accepted epochs owe stay "
+                f"claimable; the other ${format_dollars(rest)} are the requester's, who takes "
+                f"them back with `shoal refund {job_id}`.",
+                reason="JobFrozen",
+            )
+        return escrow
 
     async def close(self, job_id: str) -> None:
         """The job's escrow is closed: what no epoch committed is its requester's again.
@@ -190,6 +221,8 @@ class Settler:
         for job_id in job_ids:
             try:
                 await self.settle(job_id)
+            except JobFrozen as error:
+                await self.on_frozen(job_id, error)
             except (Unavailable, ChainRejected) as error:
                 _log.warning("settlement_waits", extra={"job_id": job_id, "reason": error.message})
 

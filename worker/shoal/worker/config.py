@@ -84,7 +84,7 @@ class Capacity(_Section):
     """
 
     rollout: int = Field(default=128, ge=0, le=MAX_CAPACITY)
-    gradient: int = Field(default=64, ge=0, le=MAX_CAPACITY)
+    gradient: int = Field(default=96, ge=0, le=MAX_CAPACITY)
     evaluate: int = Field(default=512, ge=0, le=MAX_CAPACITY)
 
     def units(self, kind: TaskKind) -> int:

@@ -280,6 +280,60 @@ async def _gateway(court: _Court) -> ChainGateway:
     return await ChainGateway.connect(court.rpc_url, load_deployment(court.deployment), account)
 
 
+@command.command("book")
+@click.argument("job_id", metavar="JOB")
+@url_option
+@output_option
+def book(job_id: str, url: str | None, output: Output) -> None:
+    """Show who bid for a job, who won what at which pay, and why.
+
+    The newest clearing of each kind of its tasks, with the bids that competed.
+    """
+    from shoal.client.commands.target import resolve_url
+
+    asyncio.run(_show_book(resolve_url(url), job_id, output))
+
+
+async def _show_book(url: str, job_id: str, output: Output) -> None:
+    from shoal.client.api import ShoalClient
+    from shoal.client.commands.target import resolve_job
+    from shoal.client.market_book_view import book_picture
+
+    async with ShoalClient(url) as client:
+        view = await client.book(await resolve_job(client, job_id))
+    if output.json_mode:
+        output.emit(view.model_dump(mode="json"))
+    else:
+        output.say(*book_picture(view))
+
+
+@command.command("why")
+@click.argument("lease_id", metavar="LEASE")
+@url_option
+@output_option
+def why(lease_id: str, url: str | None, output: Output) -> None:
+    """Say why a lease went to its node, and why at that price.
+
+    `shoal market book JOB` and a worker's evidence name leases.
+    """
+    from shoal.client.commands.target import resolve_url
+
+    asyncio.run(_show_lease(resolve_url(url), lease_id, output))
+
+
+async def _show_lease(url: str, lease_id: str, output: Output) -> None:
+    from shoal.client.api import ShoalClient
+    from shoal.client.commands.target import require_lease_id
+    from shoal.client.market_book_view import lease_picture
+
+    async with ShoalClient(url) as client:
+        view = await client.lease(require_lease_id(lease_id))
+    if output.json_mode:
+        output.emit(view.model_dump(mode="json"))
+    else:
+        output.say(*lease_picture(view, client.url))
+
+
 @command.command("simulate")
 @_market_options
 @_work_options

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.client.api import ShoalClient
 
 _FULL_ID = re.compile(r"^0x[0-9a-f]{64}$")
+_LEASE_ID = re.compile(r"^lease_[0-9a-z]{8,64}$")
 _ID_START = re.compile(r"^(?:0x)?([0-9a-f]{4,64})$")
 
 
@@ -78,3 +79,17 @@ async def resolve_job(client: ShoalClient, text: str) -> str:
     if len(found) > 1:
         raise InvalidRequest(f"{len(found)} jobs' ids begin with {text}; write more digits.")
     return found[0]
+
+
+def require_lease_id(text: str) -> str:
+    """``text``, if it is the id of a lease.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+    if _LEASE_ID.match(text) is None:
+        raise InvalidRequest(
+            f"{text[:80]!r} is not a lease's id, such as lease_5f0c1e2d3b4a59687f6e; "
+            "`shoal market book JOB` names the newest ones of a job."
+        )
+    return text
