@@ -249,7 +249,7 @@ class ChainMarket:
         await self.requester.escrow.open_job(
             job.job_digest(), self.chain.account, BUDGET, deadline_s
         )
-        await self.chain.escrow.put_up_bond(job_id, JOB_BOND)
+        await self.orchestrator.bonds.put_up(job_id)
         row = JobRow(
             job_id=job_id,
             record=signed.encode().decode(),

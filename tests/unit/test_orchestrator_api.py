@@ -12,7 +12,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from learning_fixtures import write_base
-from orchestrator_lab import ADDRESSES, DOMAIN, Lab, open_lab, run
+from orchestrator_chain import ADDRESSES
+from orchestrator_lab import DOMAIN, Lab, open_lab, run
 
 from shoal.orchestrator import api as api_module
 from shoal.protocol.errors import (

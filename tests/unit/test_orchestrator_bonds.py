@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from learning_fixtures import write_base
-from orchestrator_lab import TIMEOUT_S, Lab, MemoryChain, open_lab, run
+from orchestrator_chain import MemoryChain
+from orchestrator_lab import TIMEOUT_S, Lab, open_lab, run
 
 from shoal.contracts.delivery import Landing
 from shoal.contracts.transactions import Call
@@ -237,6 +238,6 @@ def test_a_job_runs_only_once_its_bond_is_up(
                 assert (ended.state, bonds_seen) == ("complete", [BOND])
             else:
                 assert (ended.state, bonds_seen) == ("failed", [])
-                assert "has to put up $3.000000 of its own tokens" in ended.reason
+                assert "has to put up $3.00 of its own tokens" in ended.reason
 
     run(scenario)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orchestrator_lab import DOMAIN, FUNDED_MICROS, Lab, Peer, Sale, arrival, open_lab, run, until
+from orchestrator_chain import FUNDED_MICROS
+from orchestrator_lab import DOMAIN, Lab, Peer, Sale, arrival, open_lab, run, until
 
 from shoal.market.lease import LeaseState
 from shoal.orchestrator.leases import LiveLease

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from learning_fixtures import write_base
-from orchestrator_lab import DOMAIN, FUNDED_MICROS, Lab, open_lab, run
+from orchestrator_chain import FUNDED_MICROS
+from orchestrator_lab import DOMAIN, Lab, open_lab, run
 from sqlalchemy import select
 
 from shoal.orchestrator.intake import Intake

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from deliveries import made_up_delivery
 from learning_fixtures import write_base
-from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, MemoryChain, Sale, open_lab, run
+from orchestrator_chain import MemoryChain
+from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, Sale, open_lab, run
 
 from shoal.network.identity import NodeIdentity
 from shoal.orchestrator import jobs

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orchestrator_lab import ADDRESSES, DOMAIN, Lab, open_lab, run
+from orchestrator_chain import ADDRESSES
+from orchestrator_lab import DOMAIN, Lab, open_lab, run
 
 from shoal.contracts.records import EpochPost
 from shoal.market.settlement import PayEntry

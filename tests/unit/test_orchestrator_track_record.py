@@ -15,7 +15,7 @@ from orchestrator_lab import Peer, arrival, open_lab, run, until
 from shoal.market.lease import LeaseState
 from shoal.market.reputation import Ending, Outcome
 from shoal.orchestrator.leases import LiveLease
-from shoal.orchestrator.track_record import TrackRecord, work_of
+from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
 from shoal.protocol.node import FailureCause, IdleReason, LeaseOffer
 
@@ -30,7 +30,7 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> School:
 
 def picture(record: TrackRecord, peers: Sequence[Peer], workload: Workload, now_ms: int) -> Any:
     """All that follows from the outcomes that ``record`` holds of the peers."""
-    work = work_of(workload.lot)
+    work = workload.work
     return [
         (
             record._reputation.standing(peer.account.address, now_ms=now_ms),
@@ -141,7 +141,7 @@ def test_a_record_of_good_work_goes_before_a_lower_price(tmp_path: Path, is_know
                 await peer.bid(price_micros=price, capacity=2)
             sale = await lab.open_sale(job)
             if is_known:
-                work, now_ms = work_of(sale.workload.lot), lab.time.now_ms()
+                work, now_ms = sale.workload.work, lab.time.now_ms()
                 known(lab.orchestrator.record, proven, work, now_ms, 50)
             terms = {row.node: row for row in lab.orchestrator.record.terms(sale.workload).rows}
             assert terms[stranger.node].handicap_micros == 39
@@ -167,7 +167,7 @@ def test_nothing_that_a_worker_says_of_itself_is_in_its_terms(
             # A worker that says it took a millisecond is measured all the same.
             message = case.message(offer, payload, compute_ms=1)
             assert (await case.verdict(message, live)).accepted
-            work = work_of(case.sale.workload.lot)
+            work = case.sale.workload.work
             now_ms = lab.time.now_ms()
             assert (
                 lab.orchestrator.record._reputation.unit_ms(case.peer.node, work, now_ms=now_ms)

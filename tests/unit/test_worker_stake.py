@@ -30,19 +30,33 @@ def test_enough_stake_moves_no_money() -> None:
     assert (chain.staked, chain.tokens) == (MINIMUM, MINIMUM)
 
 
-def test_missing_stake_is_put_up_when_allowed() -> None:
-    chain = MemoryChain(ACCOUNT, staked=1_000_000, tokens=9_000_000)
-    ensure(chain, 4_000_000)
-    assert (chain.staked, chain.tokens) == (MINIMUM, 5_000_000)
+@pytest.mark.parametrize("staked", [1_000_000, MINIMUM, 7_999_999])
+def test_a_stake_is_raised_to_what_is_wanted_in_all(staked: int) -> None:
+    chain = MemoryChain(ACCOUNT, staked=staked, tokens=9_000_000)
+    for _ in range(2):
+        ensure(chain, 8_000_000)
+        assert (chain.staked, chain.tokens) == (8_000_000, 9_000_000 - (8_000_000 - staked))
+
+
+@pytest.mark.parametrize(("tokens", "wei"), [(999_999, 1), (1_000_000, 0)])
+def test_a_stake_that_suffices_and_cannot_be_raised_stops_nobody(
+    tokens: int, wei: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = MemoryChain(ACCOUNT, staked=MINIMUM, tokens=tokens)
+    chain.wei = wei
+    with caplog.at_level("INFO"):
+        ensure(chain, MINIMUM + 1_000_000)
+    assert (chain.staked, chain.tokens) == (MINIMUM, tokens)
+    assert "stake_not_raised" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("allowed", "tokens", "wei", "code", "words"),
     [
-        (None, 9_000_000, 1, "no_stake", r"\$1\.00 at stake .* \$5\.00.*--stake 4\.00"),
-        (3_000_000, 9_000_000, 1, "stake_too_small", r"at least --stake 4\.00"),
-        (4_000_000, 3_999_999, 1, "balance_too_small", r"send it the rest"),
-        (4_000_000, 4_000_000, 0, "no_gas", "gas money"),
+        (None, 9_000_000, 1, "no_stake", r"\$1\.00 at stake .* \$5\.00.*--stake 5\.00 "),
+        (4_999_999, 9_000_000, 1, "stake_too_small", r"at least --stake 5\.00"),
+        (MINIMUM, 3_999_999, 1, "balance_too_small", r"send it the rest"),
+        (MINIMUM, 4_000_000, 0, "no_gas", "gas money"),
     ],
 )
 def test_stake_that_cannot_be_put_up_is_said_in_one_sentence(

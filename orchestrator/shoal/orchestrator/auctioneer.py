@@ -130,6 +130,14 @@ class Auctioneer:
         bids = () if market is None else market.of_node.get(node, ())
         return {entry.bid.kind.value: entry.bid.price_micros for entry in bids}
 
+    def reserves(self) -> dict[tuple[str, TaskKind], int]:
+        """The most that a unit on the market may cost, of each job and kind that has any."""
+        highest: dict[tuple[str, TaskKind], int] = {}
+        for workload in self._open:
+            key = (workload.lot.job_id, workload.kind)
+            highest[key] = max(highest.get(key, 0), workload.reserve.reserve_micros)
+        return highest
+
     async def open(self, workload: Workload) -> None:
         """Offers the workload's units to the market."""
         row = LotRow(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from shoal.orchestrator.reference import Benchmark
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.record import first_fault
 
@@ -33,6 +34,9 @@ class OrchestratorConfig(BaseModel):
     is given to a second worker too.
 
     A market epoch, for which the book of bids is sealed, lasts at least ``market_epoch_ms``.
+
+    ``reference`` holds the operator's benchmarks of data-centre GPUs: what a unit may cost is
+    then nine tenths of what it costs there, where that is below the requester's maximum.
 
     What the chain shows counts from ``chain_depth`` blocks on: deposits are not spent before,
     and a chain that drops a block deeper than that stops the process.
@@ -67,6 +71,7 @@ class OrchestratorConfig(BaseModel):
     max_attempts: int = Field(default=8, ge=1)
     chain_depth: int = Field(default=12, ge=0, le=10_000)
     job_weights: dict[str, float] = Field(default_factory=dict)
+    reference: tuple[Benchmark, ...] = Field(default=(), max_length=1_000)
 
     @field_validator("job_weights")
     @classmethod

@@ -478,7 +478,12 @@ class Dispatcher:
 
     def tail(self) -> list[LiveLease]:
         """Leases of the last few units of their lot, which nobody else works on yet."""
-        return [live for live in self._table if live.workload.is_tail and self._may_rival(live)]
+        # Asked once for each lot: the answer takes a look at all that is under way of it.
+        lots = {live.lease.lot_id: live.workload for live in self._table}
+        tails = {lot_id for lot_id, workload in lots.items() if workload.is_tail}
+        return [
+            live for live in self._table if live.lease.lot_id in tails and self._may_rival(live)
+        ]
 
     def _straggles(self, live: LiveLease, now_ms: int) -> bool:
         workload = live.workload

@@ -68,6 +68,10 @@ class JobRun:
             learner.spec, self._planner, self._market, self._versions, lambda: self.selling
         )
         self._tidying: asyncio.Task[None] | None = None
+        self.reserves = {
+            kind: terms.reserve_micros for kind, terms in self._planner.reserves.items()
+        }
+        """The most that a unit of each kind costs while none has failed, in micros."""
         self.reward_recent: float | None = None
         self.selling = True
 

@@ -31,7 +31,6 @@ from shoal.protocol.errors import (
     Unavailable,
 )
 from shoal.protocol.job import Job, JobCommand, JobState
-from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.signing import Signed
@@ -91,6 +90,8 @@ class Jobs:
 
     def open_jobs(self) -> list[OpenJob]:
         """The jobs that accept bids."""
+        # What failed on the market may cost more than a lot that is just opened.
+        raised = self._auctioneer.reserves()
         return [
             OpenJob(
                 job_id=job_id,
@@ -100,9 +101,8 @@ class Jobs:
                 base=run.learner.base_blob,
                 lora=run.learner.spec.lora,
                 reserve_micros={
-                    TaskKind.ROLLOUT: run.learner.spec.budget.max_rollout_micros,
-                    TaskKind.GRADIENT: run.learner.spec.budget.max_gradient_micros,
-                    TaskKind.EVALUATE: run.learner.spec.budget.max_evaluate_micros,
+                    kind: max(micros, raised.get((job_id, kind), 0))
+                    for kind, micros in run.reserves.items()
                 },
                 epoch=self._journal.open_epoch(job_id),
             )

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
 from shoal.market.freshness import linear_freshness
-from shoal.market.reserve import reserve_for
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.placement import Parcel
-from shoal.orchestrator.workload import Delivery, Workload, parcels_of
+from shoal.orchestrator.reference import lowest_reserve
+from shoal.orchestrator.workload import Delivery, Workload, parcels_of, work_name
 from shoal.protocol.canonical import digest_of
+from shoal.protocol.certificate import ReserveTerms
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import new_id
 from shoal.protocol.market import Lot, LotClass, TaskKind
@@ -50,6 +51,9 @@ class Planner:
         self._environments_sha256 = digest_of(
             [environment.digest() for environment in learner.environments]
         )
+        self._base_sha256 = learner.base.content_digest()
+        self.reserves = {kind: self._reserve(kind) for kind in TaskKind}
+        """What a unit of each kind may cost while none has failed."""
         self._plan = Plan(
             job_id=self.job_id,
             spec=learner.spec,
@@ -129,6 +133,31 @@ class Planner:
         """The job's held-out prompts."""
         return self._plan.held_out()
 
+    def _group_size(self, kind: TaskKind) -> int:
+        """How many completions a unit of the kind is about."""
+        spec = self._learner.spec
+        is_evaluation = kind is TaskKind.EVALUATE
+        return spec.evaluation.samples_per_example if is_evaluation else spec.rollouts_per_example
+
+    def _reserve(self, kind: TaskKind) -> ReserveTerms:
+        spec = self._learner.spec
+        max_micros = {
+            TaskKind.ROLLOUT: spec.budget.max_rollout_micros,
+            TaskKind.GRADIENT: spec.budget.max_gradient_micros,
+            TaskKind.EVALUATE: spec.budget.max_evaluate_micros,
+        }[kind]
+        fitting = [
+            benchmark
+            for benchmark in self._context.config.reference
+            if benchmark.fits(
+                kind,
+                max_tokens=spec.sampling.max_tokens,
+                group_size=self._group_size(kind),
+                model=spec.model,
+            )
+        ]
+        return lowest_reserve(fitting, max_micros)
+
     def _rows_bytes(self, prompts: int, rows: int) -> int:
         tokens = rows * self._learner.spec.sampling.max_tokens
         return (
@@ -148,13 +177,6 @@ class Planner:
         max_result_bytes: Callable[[int], int],
     ) -> Workload:
         spec = self._learner.spec
-        reserve = reserve_for(
-            {
-                TaskKind.ROLLOUT: spec.budget.max_rollout_micros,
-                TaskKind.GRADIENT: spec.budget.max_gradient_micros,
-                TaskKind.EVALUATE: spec.budget.max_evaluate_micros,
-            }[kind]
-        )
         # Only rollouts age: the others are made for the newest version.
         staleness = spec.max_staleness if kind is TaskKind.ROLLOUT else 0
         lot = Lot(
@@ -168,12 +190,15 @@ class Planner:
                 token_bucket=spec.sampling.max_tokens,
             ),
             num_units=sum(len(parcel) for parcel in parcels),
-            reserve_micros=reserve.reserve_micros,
+            reserve_micros=self.reserves[kind].reserve_micros,
             freshness_permille=linear_freshness(staleness, spec.budget.stale_pay_permille),
         )
         return Workload(
             lot=lot,
-            reserve=reserve,
+            work=work_name(
+                kind, self._base_sha256, spec.sampling.max_tokens, self._group_size(kind)
+            ),
+            reserve=self.reserves[kind],
             build_task=build,
             deliver=deliver,
             abandon=self._halt,

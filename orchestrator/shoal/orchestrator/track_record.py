@@ -28,7 +28,7 @@ from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.workload import Workload
 from shoal.protocol.certificate import BidderTerms
 from shoal.protocol.job import VerifySpec
-from shoal.protocol.market import Bid, Lot
+from shoal.protocol.market import Bid
 
 DETECTION_PERMILLE = 950
 """How often an audit finds a false result.  Source: docs/architecture, "Reputation"."""
@@ -90,9 +90,7 @@ class TrackRecord:
                 expected_ms=live.expected_ms,
                 backlog_ms=live.backlog_ms,
             )
-        outcome = outcome_of(
-            record, work=work_of(live.workload.lot), unit_ms=unit_ms, blameless=blameless
-        )
+        outcome = outcome_of(record, work=live.workload.work, unit_ms=unit_ms, blameless=blameless)
         if outcome is not None:
             self._note(outcome)
         return outcome
@@ -125,7 +123,7 @@ class TrackRecord:
         """The terms of everybody on the roster for the workload's class."""
         now_ms = self._context.time.now_ms()
         members = self._roster.members()
-        work = work_of(workload.lot)
+        work = workload.work
         nodes = [member.node for member in members]
         ceiling = workload.reserve.requester_max_micros
         handicap = HandicapTerms(
@@ -171,9 +169,3 @@ def audit_terms(verify: VerifySpec) -> AuditTerms:
         audit_permille=max(1, round(verify.spot_check_rate * 1_000)),
         detection_permille=DETECTION_PERMILLE,
     )
-
-
-def work_of(lot: Lot) -> str:
-    """What makes the times of units comparable: the kind, the environment, the length."""
-    kind = lot.lot_class
-    return f"{kind.kind.value}:{kind.environment_sha256[:16]}:{kind.token_bucket}"

@@ -27,6 +27,16 @@ def parcels_of(units: Sequence[int], parcel_units: int) -> list[Parcel]:
     ]
 
 
+def work_name(kind: TaskKind, base_sha256: str, max_tokens: int, group_size: int) -> str:
+    """What makes the times of units comparable, in a word.
+
+    Example:
+        >>> work_name(TaskKind.ROLLOUT, "ab" * 32, 512, 8)
+        'rollout:abababababababab:512:8'
+    """
+    return f"{kind.value}:{base_sha256[:16]}:{max_tokens}:{group_size}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
     """Accepted work: the units done, and the verified payload."""
@@ -47,10 +57,12 @@ class Workload:
     told when a parcel has failed too often to go on.  Nothing of a ``closed`` workload is
     handed out any more.  A parcel is delivered once, however many leases it had.
 
-    ``placement`` is the lot's present clearing, absent before the first.
+    ``work`` names what makes the times of its units comparable (`work_name`).  ``placement``
+    is the lot's present clearing, absent before the first.
     """
 
     lot: Lot
+    work: str
     reserve: ReserveTerms
     build_task: Callable[[Parcel], Awaitable[Task]]
     deliver: Callable[[Delivery], Awaitable[None]]
@@ -80,8 +92,9 @@ class Workload:
     @property
     def is_tail(self) -> bool:
         """Whether nothing waits and so little is under way that it is done twice."""
-        under_way = sum(map(len, self.undelivered))
-        return not self.waiting and is_tail(under_way, self.lot.num_units)
+        if self.waiting:
+            return False
+        return is_tail(sum(map(len, self.undelivered)), self.lot.num_units)
 
     async def accept(self, delivery: Delivery) -> None:
         """Hands accepted work to whoever wanted it, the first time it comes."""

@@ -50,8 +50,8 @@ class BidderTerms(Record):
     bidder.  Reader: the auction; whoever replays it.
 
     ``handicap_micros`` is what its past costs per unit beyond its price; ``bound_units`` how
-    many units in flight the account's free stake backs; ``num_receipts`` how many units it
-    has delivered, which ends its time as a newcomer.
+    many units in flight the account's free stake backs; ``num_receipts`` how many of its
+    results of the last thirty days were judged, enough of which end its time as a newcomer.
     """
 
     account: Address

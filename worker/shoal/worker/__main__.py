@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("orchestrator", nargs="?", metavar="ADDRESS")
     texts = (
         ("name", "NAME", f"what the orchestrator calls this worker ({defaults['name']})"),
-        ("stake", "DOLLARS", "put up this much where the account's stake is too small (nothing)"),
+        ("stake", "DOLLARS", "raise the account's stake to this much in all (leave it as it is)"),
         ("data-dir", "DIR", f"keys, models and receipts ({defaults['data_dir']})"),
         ("rpc-url", "URL", "a chain node of your own (the orchestrator's proposal)"),
         ("device", "NAME", f"auto, cpu, cuda or mps ({defaults['device']})"),

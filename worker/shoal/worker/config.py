@@ -130,7 +130,7 @@ class WorkerConfig(_Section):
         name: What the orchestrator calls this worker.
         price: Floor prices.
         capacity: Units in flight.
-        stake: Dollars put up as stake when the account's own is below what is asked; absent
+        stake: Dollars the account is to have at stake in all, put up where it has less; absent
             never moves money.
         rpc_url: A chain node of the provider's own; absent uses the orchestrator's proposals.
         device: Where the model runs.
@@ -198,7 +198,7 @@ class WorkerConfig(_Section):
 
     @property
     def stake_micros(self) -> Micros | None:
-        """What may be put up as stake; None forbids it."""
+        """What is to be at stake in all; None leaves the stake as it is."""
         return None if self.stake is None else parse_dollars(self.stake, "stake")
 
     @property

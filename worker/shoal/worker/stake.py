@@ -8,7 +8,7 @@ from shoal.contracts.records import Mined, StakeInfo
 from shoal.protocol.errors import Unauthorised
 from shoal.protocol.money import Micros, format_dollars
 from shoal.protocol.record import Record
-from shoal.worker.events import log_event
+from shoal.worker.events import log_event, log_failure
 from shoal.worker.ports import ProviderChain
 from shoal.worker.session import Credentials
 
@@ -16,41 +16,57 @@ _UNBOUND: Final = "0x" + "0" * 40
 
 
 async def ensure_stake(
-    chain: ProviderChain, account: str, minimum_micros: int, allowed_micros: Micros | None
+    chain: ProviderChain, account: str, minimum_micros: int, wanted_micros: Micros | None
 ) -> None:
-    """The account's active stake is at least the minimum.
+    """The account's active stake is at least the minimum, and as large as the provider wants it.
+
+    A stake that is above the minimum and cannot be raised further is left as it is, and logged.
 
     Args:
         chain: The chain, with the provider's account.
         account: The provider's account.
         minimum_micros: What the orchestrator asks for.
-        allowed_micros: What the provider lets the worker put up; None for nothing.
+        wanted_micros: What the provider wants at stake in all; None to leave it as it is.
 
     Raises:
         Unauthorised: it is not, and cannot be made so; says what to do.
     """
     staked = (await chain.vault.stake_of(account)).active_micros
     if staked >= minimum_micros:
+        if wanted_micros is not None and wanted_micros > staked:
+            await _raise_stake(chain, account, wanted_micros - staked)
         return
     asked = (
         f"The account {account} has ${format_dollars(staked)} at stake and the orchestrator asks "
         f"for ${format_dollars(minimum_micros)}"
     )
-    missing = format_dollars(minimum_micros - staked)
-    if allowed_micros is None:
+    if wanted_micros is None:
         raise Unauthorised(
-            f"{asked}; start the worker with --stake {missing} to put up the rest.",
+            f"{asked}; start the worker with --stake {format_dollars(minimum_micros)} to put up "
+            "the rest.",
             code="no_stake",
         )
-    if staked + allowed_micros < minimum_micros:
+    if wanted_micros < minimum_micros:
         raise Unauthorised(
-            f"{asked}; --stake {format_dollars(allowed_micros)} is not enough, "
-            f"give at least --stake {missing}.",
+            f"{asked}; --stake {format_dollars(wanted_micros)} is not enough, "
+            f"give at least --stake {format_dollars(minimum_micros)}.",
             code="stake_too_small",
         )
-    await _require_funds(chain, account, allowed_micros)
-    mined = await chain.vault.stake(allowed_micros)
-    log_event("staked", amount_micros=int(allowed_micros), tx_hash=mined.tx_hash)
+    await _put_up(chain, account, wanted_micros - staked)
+
+
+async def _raise_stake(chain: ProviderChain, account: str, amount_micros: int) -> None:
+    try:
+        await _put_up(chain, account, amount_micros)
+    except Unauthorised as error:
+        # What is there suffices to join, and the rest may be earned.
+        log_failure("stake_not_raised", error, amount_micros=amount_micros)
+
+
+async def _put_up(chain: ProviderChain, account: str, amount_micros: int) -> None:
+    await _require_funds(chain, account, amount_micros)
+    mined = await chain.vault.stake(amount_micros)
+    log_event("staked", amount_micros=amount_micros, tx_hash=mined.tx_hash)
 
 
 class HeldStake(Protocol):
