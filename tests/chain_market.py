@@ -372,6 +372,8 @@ async def chain_market(folder: Path) -> AsyncIterator[ChainMarket]:
         context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
         orchestrator = Orchestrator(context, "http://api.invalid", lambda: "http://b.invalid")
         orchestrator.front_desk.serve(context.network)
+        await orchestrator.outbox.open()
+        await orchestrator.bonds.open()
         market = ChainMarket(
             folder=folder,
             faucet=faucet,
@@ -435,7 +437,6 @@ async def _close(market: ChainMarket) -> None:
 async def at_work(market: ChainMarket) -> AsyncIterator[None]:
     """The orchestrator's auctioneer, verifier and outbox run meanwhile."""
     orchestrator = market.orchestrator
-    await orchestrator.outbox.open()
     loops = [
         asyncio.create_task(work)
         for work in (

@@ -10,7 +10,6 @@ import pytest
 from learning_fixtures import write_base
 from orchestrator_lab import TIMEOUT_S, Lab, Sale, open_lab, run, until
 
-from shoal.market.lease import LeaseState
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.settler import JobFrozen
 from shoal.orchestrator.store.tables import JobRow
@@ -69,12 +68,12 @@ def test_a_freeze_takes_back_every_lease_and_ends_the_job_with_its_model_release
             await settler.settle_all([job])
             # Now and while nothing is left to post, an escrow in order disturbs nobody.
             await settler.settle_all([job])
-            assert live.record.state is LeaseState.RUNNING
+            assert live.record.state == "running"
             assert [found.job_id for found in lab.orchestrator.jobs.open_jobs()] == [job]
             freeze(lab, job)
             sent = len(lab.chain.ledger.broadcasts)
             await settler.settle_all([job])
-            assert live.record.state is LeaseState.REVOKED
+            assert live.record.state == "revoked"
             assert "the fault court froze" in (live.record.reason or "")
             assert sales[0].workload.closed
             assert lab.orchestrator.jobs.open_jobs() == []

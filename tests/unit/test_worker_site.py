@@ -59,7 +59,7 @@ def test_the_site_is_set_in_the_file_and_the_environment(tmp_path: Path) -> None
 
 def test_capacity_that_was_not_set_grows_with_the_actors() -> None:
     grown = config(**{"capacity.rollout": 10}).with_actors(4).capacity
-    assert (grown.rollout, grown.gradient, grown.evaluate) == (10, 256, 2048)
+    assert (grown.rollout, grown.gradient, grown.evaluate) == (10, 384, 2048)
     assert config().with_actors(1 << 20).capacity.evaluate == MAX_CAPACITY
 
 

@@ -23,7 +23,7 @@ from shoal.worker.config import (
     load_config,
 )
 
-_EVALUATIONS_PER_GROUP = Capacity().evaluate // Capacity().gradient
+_EVALUATIONS_PER_GROUP = 8
 """How many held-out prompts ``--capacity`` counts as one group: as many as in the defaults."""
 
 
