@@ -132,13 +132,40 @@ def test_a_posted_price_that_only_an_absent_node_takes_rises_until_one_that_is_h
             roster = lab.orchestrator.roster
             await until(lambda: not roster.member(cheap.node).connected)
             other = await lab.open_sale(job)
-            again = await arrival(honest.offers)
+            again, _ = await taken(lab, honest)
             assert again.lease.record.lot_id == other.workload.lot.lot_id
             lab.time.advance(60_000)
             await lab.orchestrator.dispatcher.revoke_job(job, "the holder is gone")
             await lab.settled()
             assert (sale.workload.waiting == []) is prices_rise
             assert again.lease.record.unit_price_micros >= 300
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("prices_rise", [True, False])
+def test_a_posted_price_rises_for_work_that_waits_while_a_dearer_node_is_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prices_rise: bool
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = lab.orchestrator.auctioneer._clearings
+            if not prices_rise:
+                # The negative control.
+                monkeypatch.setattr(clearings, "_is_shut", lambda *_: False)
+            job = await lab.add_job()
+            cheap, dear = await lab.peer(), await lab.peer()
+            await cheap.bid(price_micros=100, capacity=2)
+            await dear.bid(price_micros=300, capacity=2)
+            clearings._posted[job, TaskKind.ROLLOUT] = 310
+            sale = await lab.open_sale(job, num_units=4, parcel_units=2)
+            sell(lab)
+            await taken(lab, cheap)
+            await lab.settled()
+            assert (sale.workload.waiting == []) is prices_rise
+            if prices_rise:
+                offer, _ = await taken(lab, dear)
+                assert offer.lease.record.unit_price_micros >= 300
 
     run(scenario)
 

@@ -70,7 +70,7 @@ class Auctioneer:
         self._record = record
         self._open: list[Workload] = []
         self._shares = FairShares()
-        self._clearings = Clearings(context, sealer, record, self._may_work, self.announce)
+        self._clearings = Clearings(context, sealer, record, self._can_take, self.announce)
         self._changed = asyncio.Event()
         self._with_room: defaultdict[TaskKind, dict[str, None]] = defaultdict(dict)
         """Nodes that may have room for a kind, in the order in which they came to have it."""
@@ -271,6 +271,14 @@ class Auctioneer:
         if member is None or not member.connected or member.leaving:
             return False
         return self._setbacks.may_work(node, member.account, lot_id)
+
+    def _can_take(self, workload: Workload, node: str, num_units: int) -> bool:
+        """Whether the node may be leased so many units of the workload now, and has room."""
+        market, kind = self._sealer.market, workload.kind
+        bids = () if market is None else market.of_node.get(node, ())
+        capacity = max((e.bid.capacity for e in bids if e.bid.kind is kind), default=0)
+        held = self._dispatcher.in_flight().get((node, kind), 0)
+        return num_units <= capacity - held and self._may_work(node, workload.lot.lot_id)
 
     def _next_rung(
         self, workload: Workload, placement: Placement, parcel: Parcel, nodes: list[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from shoal.market.certificate import Session, clear_and_certify
 from shoal.market.clearing import Auction, Cleared, Refusal, parcels_of
@@ -32,7 +32,7 @@ class Clearings:
         context: The orchestrator's surroundings.
         sealer: Whose book lots are cleared over.
         record: What receipts and stake say of the bidders.
-        may_work: Whether a node may be leased work of a lot now.
+        can_take: Whether a node may be leased so many units of a workload now, and has room.
         announce: Gossips a record.
     """
 
@@ -41,13 +41,13 @@ class Clearings:
         context: Context,
         sealer: Sealer,
         record: TrackRecord,
-        may_work: Callable[[str, str], bool],
+        can_take: Callable[[Workload, str, int], bool],
         announce: Callable[[str, Record], Awaitable[None]],
     ) -> None:
         self._context = context
         self._sealer = sealer
         self._record = record
-        self._may_work = may_work
+        self._can_take = can_take
         self._announce = announce
         self._posted: dict[tuple[str, TaskKind], int] = {}
 
@@ -68,7 +68,7 @@ class Clearings:
         elif (
             placement is not None
             and placement.epoch == market.book.epoch
-            and not self._is_shut(market, placement)
+            and not self._is_shut(market, placement, workload, parcel)
         ):
             return placement
         workload.placement = await self._clear(workload, reserve, parcel)
@@ -76,18 +76,31 @@ class Clearings:
         workload.reserve = reserve
         return workload.placement
 
-    def _is_shut(self, market: SealedMarket, placement: Placement) -> bool:
-        """Whether all whom the posted price lets in are away, and it keeps out who is not."""
-        lot_id = placement.certificate.record.lot.lot_id
-        if any(self._may_work(node, lot_id) for node in placement.ladder.nodes):
-            return False
+    def _is_shut(
+        self, market: SealedMarket, placement: Placement, workload: Workload, parcel: Parcel
+    ) -> bool:
+        """Whether all whom the posted price lets in are away or busy, and it keeps out who is not.
+
+        Then the price is too low for the work that waits, whatever was offered in all.
+        """
+        size = len(parcel)
+        return not any(
+            self._can_take(workload, node, size) for node in placement.ladder.nodes
+        ) and self._keeps_out(market, placement.refused, workload, size)
+
+    def _keeps_out(
+        self,
+        market: SealedMarket,
+        refused: Mapping[bytes, Refusal],
+        workload: Workload,
+        num_units: int,
+    ) -> bool:
+        """Whether somebody who could take the units now asks more than the posted price."""
         kept_out = {
-            digest
-            for digest, refusal in placement.refused.items()
-            if refusal is Refusal.ABOVE_POSTED_PRICE
+            digest for digest, refusal in refused.items() if refusal is Refusal.ABOVE_POSTED_PRICE
         }
         return bool(kept_out) and any(
-            entry.digest in kept_out and self._may_work(entry.bid.node, lot_id)
+            entry.digest in kept_out and self._can_take(workload, entry.bid.node, num_units)
             for entry in market.book.opened
         )
 
@@ -95,7 +108,9 @@ class Clearings:
         """What waits of the lot, and the parcel, is auctioned over the present book, once."""
         terms = self._record.terms(workload)
         sizes = [len(units) for units in {*workload.waiting, parcel}]
-        cleared, certificate, posted_micros = self._auction(workload, reserve, sizes, terms)
+        cleared, certificate, posted_micros = self._auction(
+            workload, reserve, sizes, terms, len(parcel)
+        )
         signed = sign(certificate, self._context.domain, self._context.account)
         row = CertificateRow(
             sha256=certificate.digest(),
@@ -118,7 +133,12 @@ class Clearings:
         return Placement.of(signed, cleared, earlier)
 
     def _auction(
-        self, workload: Workload, reserve: ReserveTerms, sizes: list[int], terms: TermsTable
+        self,
+        workload: Workload,
+        reserve: ReserveTerms,
+        sizes: list[int],
+        terms: TermsTable,
+        wanted_units: int,
     ) -> tuple[Cleared, ClearingCertificate, int | None]:
         """The clearing and its certificate; under the posted rule, the next lot's price too."""
         market = self._sealer.market
@@ -143,14 +163,17 @@ class Clearings:
             if cleared.rule is not ClearingRule.POSTED:
                 return cleared, certificate, None
             nodes = {rung.node for rung in cleared.ladder.rungs()}
-            is_taken = any(self._may_work(node, lot.lot_id) for node in nodes)
+            refused = dict(cleared.refused)
+            is_taken = any(self._can_take(workload, node, wanted_units) for node in nodes) or (
+                bool(nodes) and not self._keeps_out(market, refused, workload, wanted_units)
+            )
             following = next_posted_price(
                 cleared.clearing_price_micros,
                 demand_units=lot.num_units,
                 supply_units=cleared.supply_units if is_taken else 0,
                 reserve_micros=lot.reserve_micros,
             )
-            # A price nobody takes is no price, nor one taken by those alone who may not work.
+            # A price nobody takes is no price, nor one taken by those alone who cannot work now.
             if is_taken or following <= cleared.clearing_price_micros:
                 return cleared, certificate, following
             posted = following
