@@ -250,11 +250,12 @@ def test_units_given_back_go_to_the_next_bidder(tmp_path: Path) -> None:
         async with open_lab(tmp_path) as lab:
             deal = await Deal.make(lab)
             await deal.peers[0].bid(price_micros=10)
-            await deal.peers[1].bid(price_micros=20)
             lab.start(lab.orchestrator.auctioneer.run())
             offer = await arrival(deal.peers[0].offers)
             live = lab.live(offer)
             await until(lambda: live.record.state is LeaseState.TAKEN)
+            # Only now: two who accept a posted price are served in an order drawn by lots.
+            await deal.peers[1].bid(price_micros=20)
             await deal.peers[0].fail(offer, FailureCause.OUT_OF_MEMORY)
             second = await arrival(deal.peers[1].offers)
             assert second.lease.record.lease_epoch == 2
