@@ -193,6 +193,8 @@ async def _play(play: Play, countdown: _Countdown) -> None:
         lab.requester = EthAccount.from_key(MEMORY_ACCOUNT)
         job_id = await _job(lab, play)
         lab.chain.open(job_id, lab.context.account.address)
+        await lab.orchestrator.record.restore()
+        await lab.orchestrator.sealer.restore()
         lab.start(lab.orchestrator.auctioneer.run())
         lab.start(lab.orchestrator.verifier.run())
         for _ in range(play.num_refusing):
