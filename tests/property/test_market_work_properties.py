@@ -19,6 +19,7 @@ from shoal.market.cooldown import Cooldown
 from shoal.market.freshness import fresh_pay_down, linear_freshness
 from shoal.market.ladder import RunningLadder
 from shoal.market.lease import LeaseRecord, LeaseState
+from shoal.market.reauction import raise_reserve_up
 from shoal.market.reputation import Outcome, Reputation, measured_unit_ms_up, outcome_of
 from shoal.market.settlement import Ledger, PayEntry, PayoutSet
 from shoal.protocol.certificate import Rung
@@ -165,9 +166,11 @@ class WorkLife(RuleBasedStateMachine):
             return
         if not ladder.needs_clearing(parcel, UNITS):
             return
-        reserve = ladder.next_reserve_up(parcel, self.reserve[parcel], MAX_RESERVE)
+        reserve = self.reserve[parcel]
+        assert ladder.raises_reserve(parcel) is (ladder.num_failures(parcel) >= 2)
+        if ladder.raises_reserve(parcel):
+            reserve = raise_reserve_up(reserve, MAX_RESERVE)
         assert self.reserve[parcel] <= reserve <= MAX_RESERVE
-        assert (reserve > self.reserve[parcel]) <= (ladder.num_failures(parcel) >= 2)
         self.earlier[parcel] = ladder.carried(parcel)
         self.failures = [(p, rung) for p, rung in self.failures if p != parcel]
         self.reserve[parcel] = reserve

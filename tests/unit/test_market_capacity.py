@@ -9,13 +9,10 @@ from pydantic import ValidationError
 
 from shoal.market.capacity import (
     AuditTerms,
-    Backing,
     Cheat,
     capacity_down,
     deterrent_stake_up,
     expected_cheat_gain_ppm,
-    free_stake_down,
-    require_stake,
     stake_up,
 )
 from shoal.protocol.errors import InvalidRequest
@@ -30,24 +27,6 @@ def test_the_references_example() -> None:
     assert capacity_down(42_105, 2_000, TERMS) == 0
     assert capacity_down(42_106, 2_000, TERMS) == 1
     assert capacity_down(1_000_000, 2_000, TERMS) == 23
-
-
-def test_what_is_in_flight_backs_nothing_else() -> None:
-    held = [Backing(num_units=10, price_micros=2_000), Backing(num_units=1, price_micros=500)]
-    free = free_stake_down(1_000_000, held, TERMS)
-    assert free == 1_000_000 - 421_053 - 10_527
-    assert capacity_down(free, 2_000, TERMS) == 13
-    assert free_stake_down(100, held, TERMS) == 0
-
-
-def test_too_small_a_stake_says_which_would_do() -> None:
-    require_stake(42_106, 1, 2_000, TERMS)
-    with pytest.raises(InvalidRequest) as caught:
-        require_stake(42_105, 1, 2_000, TERMS)
-    assert caught.value.code == "stake_too_small"
-    assert caught.value.context == {"needed_micros": 42_106, "free_micros": 42_105}
-    assert "0.042106" in caught.value.message
-    require_stake(int(caught.value.context["needed_micros"]), 1, 2_000, TERMS)
 
 
 def test_a_capacity_fits_a_records_field() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from market_records import lot
 
-from shoal.market.freshness import fresh_pay_down, linear_freshness, require_freshness
+from shoal.market.freshness import fresh_pay_down, linear_freshness
 from shoal.protocol.errors import InvalidRequest
 
 LOT = lot(freshness_permille=(1_000, 999, 500, 0))
@@ -27,14 +27,6 @@ def test_work_that_is_not_issued_has_no_price(lag: int) -> None:
 def test_a_lot_whose_schedule_rises_or_overpays_cannot_be_made(shares: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="freshness_permille"):
         lot(freshness_permille=shares)
-
-
-def test_a_schedule_prices_exactly_what_the_job_admits() -> None:
-    require_freshness(LOT, 3)
-    for wrong in (2, 4):
-        with pytest.raises(InvalidRequest) as caught:
-            require_freshness(LOT, wrong)
-        assert caught.value.code == "bad_freshness"
 
 
 def test_a_line_from_full_pay_to_the_last_share() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.market.ladder import RunningLadder, is_tail
+from shoal.market.reauction import raise_reserve_up
 from shoal.protocol.certificate import Rung
 from shoal.protocol.errors import InvalidRequest
 
@@ -72,11 +73,12 @@ def test_two_failures_or_nobody_below_need_a_new_clearing() -> None:
     assert not climbed.needs_clearing("p", 4)
     climbed.note_failure("p", 0)
     assert not climbed.needs_clearing("p", 4)
-    assert climbed.next_reserve_up("p", 100, 200) == 100
+    assert not climbed.raises_reserve("p")
     climbed.note_failure("p", 1)
     assert climbed.needs_clearing("p", 4)
-    assert climbed.next_reserve_up("p", 100, 200) == 110
-    assert climbed.next_reserve_up("p", 199, 200) == 200
+    assert climbed.raises_reserve("p")
+    assert raise_reserve_up(100, 200) == 110
+    assert raise_reserve_up(199, 200) == 200
     assert climbed.carried("p") == 0
     assert not climbed.needs_clearing("q", 4)
     assert climbed.needs_clearing("q", 5), "no rung is ever large enough"
@@ -88,11 +90,11 @@ def test_a_failure_under_an_earlier_clearing_still_counts() -> None:
     lonely = ladder("a")
     lonely.note_failure("p", 0)
     assert lonely.needs_clearing("p", 4)
-    assert lonely.next_reserve_up("p", 100, 200) == 100
+    assert not lonely.raises_reserve("p")
     again = ladder("a", earlier={"p": lonely.carried("p")})
     assert pick(again) == 0, "a new clearing is a new chance"
     again.note_failure("p", 0)
-    assert again.next_reserve_up("p", 100, 200) == 110
+    assert again.raises_reserve("p")
 
 
 def test_a_ladder_resumes_from_its_failures() -> None:

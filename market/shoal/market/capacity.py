@@ -12,14 +12,11 @@ arXiv 2405.00295.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 from pydantic import Field
 
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.market import MAX_UNITS
-from shoal.protocol.money import Micros, MicrosField, format_dollars
+from shoal.protocol.money import Micros, MicrosField
 from shoal.protocol.record import Record
 
 _PERMILLE = 1_000
@@ -55,14 +52,6 @@ class Cheat(Record):
     bribe_micros: MicrosField = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backing:
-    """Units in flight of one class, all at one reference price."""
-
-    num_units: int
-    price_micros: int
-
-
 def stake_up(num_units: int, price_micros: int, terms: AuditTerms) -> Micros:
     """The stake that backs this many units in flight, rounded up.
 
@@ -75,12 +64,6 @@ def stake_up(num_units: int, price_micros: int, terms: AuditTerms) -> Micros:
     """
     _require_amounts(num_units=num_units, price_micros=price_micros)
     return Micros(-(-num_units * price_micros * _PERMILLE**2 // terms.found_ppm))
-
-
-def free_stake_down(stake_micros: int, in_flight: Iterable[Backing], terms: AuditTerms) -> Micros:
-    """The stake that backs nothing yet; 0 when more is in flight than it would back."""
-    backing = sum(stake_up(held.num_units, held.price_micros, terms) for held in in_flight)
-    return Micros(max(0, stake_micros - backing))
 
 
 def capacity_down(free_stake_micros: int, price_micros: int, terms: AuditTerms) -> int:
@@ -96,28 +79,6 @@ def capacity_down(free_stake_micros: int, price_micros: int, terms: AuditTerms) 
     """
     _require_amounts(free_stake_micros=free_stake_micros, price_micros=price_micros - 1)
     return min(free_stake_micros * terms.found_ppm // (price_micros * _PERMILLE**2), MAX_UNITS)
-
-
-def require_stake(
-    free_stake_micros: int, num_units: int, price_micros: int, terms: AuditTerms
-) -> None:
-    """Passes if the free stake backs this many units of the class.
-
-    Raises:
-        InvalidRequest: it does not; ``needed_micros`` is the stake that would, on top of what
-            backs other units.
-    """
-    needed = stake_up(num_units, price_micros, terms)
-    if free_stake_micros < needed:
-        raise InvalidRequest(
-            f"A task of {num_units} units at ${format_dollars(price_micros)} needs "
-            f"${format_dollars(needed)} of free stake and the account has "
-            f"${format_dollars(max(0, free_stake_micros))}; stake the difference or bid for "
-            "smaller work.",
-            code="stake_too_small",
-            needed_micros=needed,
-            free_micros=max(0, free_stake_micros),
-        )
 
 
 def deterrent_stake_up(

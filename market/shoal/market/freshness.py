@@ -31,21 +31,6 @@ def fresh_pay_down(lot: Lot, num_units: int, unit_price_micros: int, *, lag: int
     return Micros(num_units * unit_price_micros * shares[lag] // FULL_PERMILLE)
 
 
-def require_freshness(lot: Lot, max_staleness: int) -> None:
-    """Passes if every lag the job admits has a price in the lot, and no other has.
-
-    Raises:
-        InvalidRequest: it has not.
-    """
-    priced = len(lot.freshness_permille) - 1
-    if priced != max_staleness:
-        raise InvalidRequest(
-            f"Lot {lot.lot_id} prices lags 0 to {priced} and its job admits 0 to "
-            f"{max_staleness}; give {max_staleness + 1} shares.",
-            code="bad_freshness",
-        )
-
-
 def linear_freshness(max_staleness: int, last_permille: int = FULL_PERMILLE) -> tuple[int, ...]:
     """Full pay at lag 0, ``last_permille`` at the last, in between on a line, rounded down.
 

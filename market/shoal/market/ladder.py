@@ -13,10 +13,9 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from shoal.market.reauction import FAILURES_BEFORE_RAISE, raise_reserve_up
+from shoal.market.reauction import FAILURES_BEFORE_RAISE
 from shoal.protocol.certificate import Rung
 from shoal.protocol.errors import InvalidRequest
-from shoal.protocol.money import Micros
 
 TAIL_PERMILLE = 50
 """The last 5 % of a policy version's units are done twice. Source: docs/architecture, "Market"."""
@@ -119,14 +118,14 @@ class RunningLadder(Generic[_P]):
     def carried(self, parcel: _P) -> int:
         """The failures the parcel brings to its next clearing; none if that raises the reserve."""
         failures = self.num_failures(parcel)
-        return 0 if failures >= FAILURES_BEFORE_RAISE else failures
+        return 0 if self.raises_reserve(parcel) else failures
 
     def needs_clearing(self, parcel: _P, num_units: int, *, gone: Collection[str] = ()) -> bool:
         """Whether only a new clearing can place the parcel.
 
         It failed twice, or no rung below may ever take it, not counting nodes that are gone.
         """
-        if self.num_failures(parcel) >= FAILURES_BEFORE_RAISE:
+        if self.raises_reserve(parcel):
             return True
         lowest, failed = self._failures_of(parcel)
         return all(
@@ -137,11 +136,9 @@ class RunningLadder(Generic[_P]):
             for rung in self._rungs
         )
 
-    def next_reserve_up(self, parcel: _P, reserve_micros: int, max_reserve_micros: int) -> Micros:
-        """The reserve of the parcel's next clearing: × 1.1 once it failed twice, else the same."""
-        if self.num_failures(parcel) < FAILURES_BEFORE_RAISE:
-            return Micros(reserve_micros)
-        return raise_reserve_up(reserve_micros, max_reserve_micros)
+    def raises_reserve(self, parcel: _P) -> bool:
+        """Whether the parcel has failed so often that its next clearing may pay more."""
+        return self.num_failures(parcel) >= FAILURES_BEFORE_RAISE
 
     def _failures_of(self, parcel: _P) -> tuple[int, set[str]]:
         """The lowest rung that failed the parcel, and the nodes that did."""

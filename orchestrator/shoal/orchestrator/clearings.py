@@ -63,7 +63,7 @@ class Clearings:
             return placement
         reserve = workload.reserve
         if placement is not None and placement.needs_clearing(parcel):
-            if placement.raises_reserve(parcel):
+            if placement.ladder.raises_reserve(parcel):
                 reserve = raised(reserve)
         elif (
             placement is not None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from shoal.market.clearing import Cleared, Refusal
 from shoal.market.ladder import RunningLadder
-from shoal.market.reauction import FAILURES_BEFORE_RAISE
 from shoal.protocol.certificate import ClearingCertificate, Rung
 from shoal.protocol.ids import Account, Digest
 from shoal.protocol.market import Award, Lease
@@ -56,10 +55,6 @@ class Placement:
         Without a failure since, the same book would only be cleared to the same end.
         """
         return parcel in self.failed and self.ladder.needs_clearing(parcel, len(parcel))
-
-    def raises_reserve(self, parcel: Parcel) -> bool:
-        """Whether the parcel's next clearing may pay more, for it failed too often."""
-        return self.ladder.num_failures(parcel) >= FAILURES_BEFORE_RAISE
 
     def carried(self, parcels: Iterable[Parcel]) -> dict[Parcel, int]:
         """The failures that these parcels bring to the lot's next clearing."""
