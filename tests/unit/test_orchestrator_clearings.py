@@ -165,9 +165,9 @@ def test_a_failure_under_an_earlier_certificate_counts_too(tmp_path: Path) -> No
             new = await clearings.placement()
             assert new.sha256 != old.sha256
             for rung in (0, 1):
-                assert not new.raises_reserve(clearings.parcel)
+                assert not new.ladder.raises_reserve(clearings.parcel)
                 new.note_failure(clearings.parcel, clearings.lease(old, rung))
-            assert new.raises_reserve(clearings.parcel)
+            assert new.ladder.raises_reserve(clearings.parcel)
             assert new.needs_clearing(clearings.parcel)
             # And is carried by a parcel that is out just then.
             new = await clearings.placement()
