@@ -436,6 +436,8 @@ def test_a_dead_node_costs_its_actors_and_no_result(
     def take_away() -> None:
         if not died:
             died.append(None)
+            # First: a stopped process whose parent ends is continued, and could still answer.
+            os.kill(victim.pid, signal.SIGKILL)
             cluster.remove_node(node, allow_graceful=False)
 
     assert half.run([("double", 1), ("double", 2)], nothing_given, take_away) == [2, 4]
