@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 
 from shoal.network.identity import NodeIdentity
-from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits, Network
+from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits, Network, TopicVerdict
 from shoal.protocol.errors import (
     Clock,
     Expired,
@@ -21,6 +21,7 @@ from shoal.protocol.errors import (
     NotFound,
     OverBudget,
     PeerFault,
+    ShoalError,
     Unavailable,
 )
 from shoal.protocol.ids import PeerId
@@ -279,6 +280,47 @@ async def gossip_reaches_subscribers_with_its_signer(world: World) -> None:
     assert caught.value.code == "message_too_large"
 
 
+async def gossip_that_fails_its_check_is_not_handled_and_lies_are_held_against_their_bearer(
+    world: World,
+) -> None:
+    server, client = await _pair(world)
+    heard: list[bytes] = []
+    arrived, lost = asyncio.Event(), asyncio.Event()
+
+    async def handler(_peer: PeerId, payload: bytes) -> None:
+        heard.append(payload)
+        arrived.set()
+
+    def check(payload: bytes) -> TopicVerdict:
+        if payload == b"defect":
+            raise ValueError("the check itself is broken")
+        words = {b"lie": TopicVerdict.REJECT, b"late": TopicVerdict.IGNORE}
+        return words.get(payload, TopicVerdict.ACCEPT)
+
+    server.on_peer_lost(lambda _peer, _cause: lost.set())
+    server.subscribe("lots", handler, check=check)
+    async with asyncio.timeout(WAIT_S):
+        while not arrived.is_set():
+            await client.publish("lots", b"true")
+            await _wait(arrived, 0.2)
+    # A node may send a topic fifty messages a second, over a real network.
+    for _ in range(12):
+        await client.publish("lots", b"late")
+        await client.publish("lots", b"defect")
+    arrived.clear()
+    await client.publish("lots", b"true again")
+    await asyncio.wait_for(arrived.wait(), WAIT_S)
+    assert server.meters.value("gossip_dropped", cause="ignore") == 24
+    assert not lost.is_set()
+    async with asyncio.timeout(WAIT_S):
+        while not lost.is_set():
+            if client.peers():
+                await client.publish("lots", b"lie")
+            await _wait(lost, 0.02)
+    assert set(heard) == {b"true", b"true again"}
+    assert server.meters.value("bans", reason="bad_gossip") == 1
+
+
 async def stopped_peer_is_reported_once(world: World) -> None:
     server, client = await _pair(world)
     lost: list[tuple[PeerId, str]] = []
@@ -380,6 +422,92 @@ async def malformed_service_is_refused(world: World) -> None:
         await node.start()
 
 
+async def banned_peer_is_lost_and_kept_out(world: World) -> None:
+    server, client = await _pair(world)
+    server.serve(ECHO, echo)
+    lost: asyncio.Queue[str] = asyncio.Queue()
+    client_lost = asyncio.Event()
+    server.on_peer_lost(lambda _peer, cause: lost.put_nowait(cause))
+    client.on_peer_lost(lambda _peer, _cause: client_lost.set())
+    address = server.addresses[0]
+    await server.ban(client.peer_id, "fraud", for_s=3600)
+    assert "banned" in await asyncio.wait_for(lost.get(), WAIT_S)
+    await asyncio.wait_for(client_lost.wait(), WAIT_S)
+    # Over a socket the dialler learns of the refusal only when it asks for something.
+    with pytest.raises(ShoalError):
+        assert await _served(client, address, server.peer_id)
+    assert client.peer_id not in server.peers()
+    assert server.meters.value("bans", reason="fraud") == 1
+    # The control: others are let in as before.
+    other = await world.node(listens=False)
+    assert await _served(other, address, server.peer_id)
+
+
+async def _served(client: Network, address: str, peer: PeerId) -> bool:
+    await client.connect(address, timeout_s=WAIT_S)
+    return await client.request(peer, ECHO, b"x", timeout_s=WAIT_S) == b"x"
+
+
+async def banned_peer_is_not_dialled(world: World) -> None:
+    server, client = await _pair(world)
+    await client.ban(server.peer_id, "fraud", for_s=3600)
+    with pytest.raises(Unavailable) as caught:
+        await client.connect(server.addresses[0], timeout_s=WAIT_S)
+    assert caught.value.code == "banned"
+
+
+async def faults_add_up_to_a_ban_but_honest_ones_do_not(world: World) -> None:
+    server, client = await _pair(world)
+    lost = asyncio.Event()
+    server.on_peer_lost(lambda _peer, _cause: lost.set())
+
+    async def handler(_peer: PeerId, payload: bytes) -> bytes:
+        if payload == b"bad":
+            raise PeerFault("That record is malformed.", code="malformed")
+        raise NotFound("There is no such lease.")
+
+    server.serve(ECHO, handler)
+    for _ in range(120):
+        with pytest.raises(NotFound):
+            await client.request(server.peer_id, ECHO, b"", timeout_s=WAIT_S)
+    with pytest.raises(PeerFault):
+        await client.request(server.peer_id, ECHO, b"bad", timeout_s=WAIT_S)
+    assert not lost.is_set()
+    for _ in range(120):
+        try:
+            await client.request(server.peer_id, ECHO, b"bad", timeout_s=WAIT_S)
+        except PeerFault:
+            continue
+        except Unavailable:
+            break
+    await asyncio.wait_for(lost.wait(), WAIT_S)
+    assert server.meters.value("bans", reason="bad_record") == 1
+
+
+async def peer_that_asks_too_often_is_told_to_wait(world: World) -> None:
+    server, client = await _pair(world, Limits(requests_per_s_per_peer=0.01))
+    server.serve(ECHO, echo)
+    with pytest.raises(Unavailable) as caught:
+        await client.request(server.peer_id, ECHO, b"", timeout_s=WAIT_S)
+    assert (caught.value.code, caught.value.retry_after_s) == ("overloaded", 1)
+
+
+async def what_passes_is_counted(world: World) -> None:
+    server, client = await _pair(world)
+    server.serve(ECHO, echo)
+    for _ in range(3):
+        await client.request(server.peer_id, ECHO, b"x", timeout_s=WAIT_S)
+    with pytest.raises(NotFound):
+        await client.request(server.peer_id, "/test/none/1", b"", timeout_s=WAIT_S)
+    assert server.meters.value("requests_served", protocol=ECHO, outcome="ok") == 3
+    assert client.meters.value("requests_made", protocol=ECHO, outcome="ok") == 3
+    none = client.meters.value("requests_made", protocol="/test/none/1", outcome="not_found")
+    assert none == 1
+    async with asyncio.timeout(WAIT_S):
+        while server.meters.value("connections_open") != 1:  # noqa: ASYNC110  # counters tell nobody
+            await asyncio.sleep(0.005)
+
+
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
     try:
         await asyncio.wait_for(event.wait(), timeout_s)
@@ -403,10 +531,16 @@ CHECKS: tuple[Callable[[World], Awaitable[None]], ...] = (
     stranger_cannot_be_asked,
     wrong_address_is_refused_in_one_sentence,
     gossip_reaches_subscribers_with_its_signer,
+    gossip_that_fails_its_check_is_not_handled_and_lies_are_held_against_their_bearer,
     stopped_peer_is_reported_once,
     waiting_caller_hears_that_the_peer_stopped,
     waiting_caller_hears_that_its_own_node_stopped,
     own_disconnect_is_no_loss_but_the_other_side_hears_it,
     restarted_peer_is_reached_again,
     malformed_service_is_refused,
+    banned_peer_is_lost_and_kept_out,
+    banned_peer_is_not_dialled,
+    faults_add_up_to_a_ban_but_honest_ones_do_not,
+    peer_that_asks_too_often_is_told_to_wait,
+    what_passes_is_counted,
 )

@@ -69,9 +69,13 @@ class Market:
     def num_jobs(self) -> int:
         return len(self._get("/v1/market/jobs"))
 
-    def _get(self, path: str) -> Any:
+    def text(self, path: str) -> str:
+        """What its API answers."""
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
-            return json.load(answer)
+            return str(answer.read().decode())
+
+    def _get(self, path: str) -> Any:
+        return json.loads(self.text(path))
 
 
 @contextmanager

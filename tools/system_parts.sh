@@ -2,7 +2,8 @@
 # Makes sure of the parts that neither pip nor npm brings: Python 3.11 with its headers and
 # venv, a C compiler and GMP (a libp2p dependency is compiled here), Node 18 with npm (the
 # chain's tools).  As root on Debian or Ubuntu it installs what is missing; elsewhere it names
-# what is missing and the command that installs it.
+# what is missing and the command that installs it.  iproute2 and nftables are for the tests in
+# network namespaces, which need root: where they cannot be installed, those tests are skipped.
 set -eu
 
 PYTHON="${PYTHON:-python3}"
@@ -57,11 +58,30 @@ missing_packages() {
     fi
 }
 
+# What only the tests in network namespaces need, and only root can use.
+missing_lab_packages() {
+    [ "$(uname -s)" = Linux ] && [ "$(id -u)" -eq 0 ] || return 0
+    command -v ip >/dev/null 2>&1 && command -v tc >/dev/null 2>&1 || echo iproute2
+    command -v nft >/dev/null 2>&1 || echo nftables
+}
+
 install() {
     echo "Installing system parts: $*"
     apt-get -q update </dev/null
     apt-get -q install -y --no-install-recommends "$@" </dev/null
 }
+
+lab_packages=$(missing_lab_packages | tr '\n' ' ')
+if [ -n "$lab_packages" ]; then
+    if command -v apt-get >/dev/null 2>&1; then
+        export DEBIAN_FRONTEND=noninteractive
+        # Unquoted: one word for each package.
+        # shellcheck disable=SC2086
+        install $lab_packages || echo "The tests in network namespaces will be skipped." >&2
+    else
+        echo "For the tests in network namespaces install (Debian's names): $lab_packages" >&2
+    fi
+fi
 
 packages=$(missing_packages | tr '\n' ' ')
 [ -n "$packages" ] || exit 0

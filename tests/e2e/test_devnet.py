@@ -119,6 +119,35 @@ def test_a_worker_on_another_chain_is_refused(one_worker: Market, tmp_path: Path
     assert one_worker.healthy()
 
 
+def test_a_provider_looks_before_and_while_its_worker_works(
+    one_worker: Market, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("--data-dir", str(one_worker.folder / "worker-1"))
+    done = run("worker", "doctor", one_worker.url, *own, "--json")
+    report = json.loads(done.stdout)
+    failed = [finding for finding in report["findings"] if finding["level"] == "fail"]
+    assert (done.returncode, failed, report["passed"]) == (0, [], True), done.stdout
+    checks = {finding["check"] for finding in report["findings"]}
+    assert checks >= {
+        *("versions", "disk", "memory", "cpu", "files", "account_key", "node_key", "backup"),
+        *("torch", "device", "api", "reach", "clock", "bandwidth", "nat", "blobs", "chain"),
+        *("stake", "gas"),
+    }
+
+    monkeypatch.setenv("SHOAL_BACKUP_PASSPHRASE", "correct horse")
+    done = run("worker", "backup", str(tmp_path / "keys"), *own)
+    account = json.loads((one_worker.folder / "worker-1" / "account.json").read_text())["address"]
+    assert account in done.stdout
+
+    status = json.loads(run("worker", "status", *own, "--json").stdout)
+    assert (status["running"], status["session"], status["idle"]) == (True, "joined", "no_jobs")
+    assert "joined /ip4/127.0.0.1/tcp/" in status["state"]
+
+    metrics = one_worker.text("/metrics")
+    assert 'shoal_workers{state="connected"} 1.0' in metrics
+    assert one_worker.healthy()
+
+
 def test_a_job_is_watched_left_cancelled_and_refunded(one_worker: Market, tmp_path: Path) -> None:
     long = settings("max_steps=100000", "batch_size=64", "eval.num_examples=16")
     watching = subprocess.Popen(

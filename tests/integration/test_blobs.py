@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
 import aiohttp
 import pytest
+from blob_holders import ROOM, Respond, holder, liar, range_of, reply
 
 from shoal.network.blob_client import BlobClient
 from shoal.network.blob_server import BlobServer
@@ -24,64 +24,7 @@ from shoal.protocol.errors import (
     Unavailable,
 )
 
-ROOM = 256 << 20
 BIG = os.urandom(1 << 20) * 9 + b"tail"
-Respond = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
-
-
-async def allow(token: str, _digest: str, _size_bytes: int) -> None:
-    if token != "good":
-        raise Unauthorised("This token is not for this upload.")
-
-
-@asynccontextmanager
-async def holder(
-    directory: Path, *, upload_pause_s: float = 5, max_upload_bytes: int = 64 << 20
-) -> AsyncIterator[tuple[BlobStore, str]]:
-    """A store served on loopback, and its address."""
-    store = BlobStore(directory, ROOM)
-    server = BlobServer(
-        store,
-        "127.0.0.1",
-        0,
-        authorise=allow,
-        upload_pause_s=upload_pause_s,
-        max_upload_bytes=max_upload_bytes,
-    )
-    await server.start()
-    try:
-        yield store, server.url
-    finally:
-        await server.stop()
-
-
-@asynccontextmanager
-async def liar(respond: Respond) -> AsyncIterator[tuple[list[str], str]]:
-    """A raw HTTP holder that answers whatever `respond` writes; the requests it saw."""
-    seen: list[str] = []
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        try:
-            request = (await reader.readuntil(b"\r\n\r\n")).decode()
-            seen.append(request)
-            await respond(request, writer)
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    try:
-        yield seen, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def run(main: Coroutine[object, object, None]) -> None:
@@ -132,29 +75,36 @@ def test_empty_blob_is_a_blob(tmp_path: Path) -> None:
     run(main())
 
 
+def lying(good: BlobStore, ref: BlobRef) -> Respond:
+    """Answers with the right chunk list, and with zeros instead of the blob."""
+
+    async def respond(request: str, writer: asyncio.StreamWriter) -> None:
+        if ref.chunks_sha256 is not None and ref.chunks_sha256 in request:
+            writer.write(reply("200 OK", good.read(ref.chunks_sha256)))
+        else:
+            start, end = range_of(request)
+            writer.write(reply("206 Partial Content", bytes(end - start)))
+        await writer.drain()
+
+    return respond
+
+
 def test_holder_with_wrong_bytes_is_dropped_and_another_serves(tmp_path: Path) -> None:
     async def main() -> None:
         async with holder(tmp_path / "a") as (good, good_url):
             ref = good.put_bytes(BIG)
-            chunks_seen = 0
+            given_up: list[tuple[str, bool]] = []
 
-            async def respond(request: str, writer: asyncio.StreamWriter) -> None:
-                nonlocal chunks_seen
-                if ref.chunks_sha256 is not None and ref.chunks_sha256 in request:
-                    body = good.read(ref.chunks_sha256)
-                    status = "200 OK"
-                else:
-                    chunks_seen += 1
-                    body, status = bytes(CHUNK_BYTES), "206 Partial Content"
-                head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n"
-                writer.write(head.encode() + body)
-                await writer.drain()
+            def on_given_up(source: str, lied: bool) -> None:
+                given_up.append((source, lied))
 
-            async with liar(respond) as (_, bad_url):
+            async with liar(lying(good, ref)) as (_, bad_url):
                 async with BlobClient(BlobStore(tmp_path / "b", ROOM)) as client:
-                    path = await client.fetch(ref, [bad_url, good_url], timeout_s=20)
+                    path = await client.fetch(
+                        ref, [bad_url, good_url], timeout_s=20, on_given_up=on_given_up
+                    )
                 assert path.read_bytes() == BIG
-                assert chunks_seen <= 2
+                assert given_up == [(bad_url, True)]
                 # Negative control: with nobody honest, the same lie ends the fetch.
                 async with BlobClient(BlobStore(tmp_path / "c", ROOM)) as client:
                     with pytest.raises(Unavailable, match="wrong digest"):
@@ -228,14 +178,13 @@ def test_interrupted_fetch_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
             async def first_only(request: str, writer: asyncio.StreamWriter) -> None:
                 if ref.chunks_sha256 is not None and ref.chunks_sha256 in request:
-                    body, status = chunk_list, "200 OK"
-                elif f"bytes=0-{CHUNK_BYTES - 1}" in request:
-                    body, status = BIG[:CHUNK_BYTES], "206 Partial Content"
+                    writer.write(reply("200 OK", chunk_list))
+                elif (span := range_of(request))[1] <= CHUNK_BYTES:
+                    body = BIG[slice(*span)]
+                    writer.write(reply("206 Partial Content", body))
                 else:
-                    body, status = b"", "503 Service Unavailable"
+                    writer.write(reply("503 Service Unavailable", b""))
                 served.append(request)
-                head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n"
-                writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
                 await writer.drain()
 
             store = BlobStore(tmp_path / "b", ROOM)
@@ -243,23 +192,25 @@ def test_interrupted_fetch_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 with pytest.raises(Unavailable, match="503"):
                     await client.fetch(ref, [url], timeout_s=20)
             assert any("bytes=0-" in request for request in served)
+            assert store.held_chunks(ref.sha256) == frozenset({0})
 
             # The store is opened anew, as after a crash; only what is missing is asked for.
-            asked: list[str] = []
+            asked: list[tuple[int, int]] = []
 
             async def record(request: str, writer: asyncio.StreamWriter) -> None:
-                asked.append(request)
-                start = int(request.split("bytes=")[1].split("-")[0])
-                body = BIG[start : start + CHUNK_BYTES]
-                head = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {len(body)}\r\n"
-                writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+                asked.append(range_of(request))
+                body = BIG[slice(*asked[-1])]
+                writer.write(reply("206 Partial Content", body))
                 await writer.drain()
 
             again = BlobStore(tmp_path / "b", ROOM)
+            here: list[int] = []
             async with liar(record) as (_, url), BlobClient(again) as client:
-                assert (await client.fetch(ref, [url], timeout_s=20)).read_bytes() == BIG
-            assert len(asked) == 2
-            assert not any("bytes=0-" in request for request in asked)
+                path = await client.fetch(ref, [url], timeout_s=20, on_chunk=here.append)
+                assert path.read_bytes() == BIG
+            assert min(start for start, _ in asked) == CHUNK_BYTES
+            assert sum(end - start for start, end in asked) == len(BIG) - CHUNK_BYTES
+            assert (here[0], sorted(here)) == (0, [0, 1, 2])
 
     run(main())
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -22,23 +22,29 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import info_from_p2p_addr
-from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p_strangers import (
+    ECHO,
+    LOCAL,
+    WAIT_S,
+    arrived,
+    fresh,
+    hang_up,
+    hostile_peer,
+    plaintext_dial,
+    started,
+    under_attack,
+)
 from multiaddr import Multiaddr
 
 from shoal.network import framing
 from shoal.network.identity import NodeIdentity, peer_id_of
-from shoal.network.libp2p_host import build_host, swarm_of
+from shoal.network.libp2p_host import build_host
 from shoal.network.libp2p_node import Libp2pNode
 from shoal.network.libp2p_streams import read_frame
 from shoal.network.port import Limits
 from shoal.protocol.errors import Expired, InvalidRequest, ShoalError, Unavailable
 from shoal.protocol.ids import PeerId
-
-ECHO = "/test/echo/1"
-LOCAL = "/ip4/127.0.0.1/tcp/0"
-WAIT_S = 30.0
 
 PEER_PROGRAM = textwrap.dedent(
     """
@@ -66,27 +72,6 @@ PEER_PROGRAM = textwrap.dedent(
 )
 
 
-async def echo(_peer: PeerId, payload: bytes) -> bytes:
-    return payload
-
-
-@asynccontextmanager
-async def started(*nodes: Libp2pNode) -> AsyncIterator[None]:
-    try:
-        for node in nodes:
-            await node.start()
-        yield
-    finally:
-        for node in nodes:
-            await node.stop()
-
-
-def fresh(listen: str | None = LOCAL, limits: Limits | None = None) -> Libp2pNode:
-    node = Libp2pNode(NodeIdentity.generate(), listen, limits=limits)
-    node.serve(ECHO, echo)
-    return node
-
-
 @asynccontextmanager
 async def peer_process(key: str, role: str, address: str) -> AsyncIterator[tuple[int, str]]:
     """A node in a process of its own: its process id and the line it printed."""
@@ -104,13 +89,6 @@ async def peer_process(key: str, role: str, address: str) -> AsyncIterator[tuple
         await process.wait()
         # Lets the transport see its pipe's end before the loop closes.
         await process.stdout.read()
-
-
-async def arrived(node: Libp2pNode, peer: PeerId) -> None:
-    """The peer's connection is open at this end too: a dialler knows of it a moment earlier."""
-    async with asyncio.timeout(WAIT_S):
-        while peer not in node.peers():  # noqa: ASYNC110  # the port tells of peers lost, not of peers found
-            await asyncio.sleep(0.005)
 
 
 def test_killed_peer_is_reported_and_found_again(tmp_path: object) -> None:
@@ -302,48 +280,6 @@ def _send_raw(port: int, data: bytes) -> None:
             return
 
 
-Attack = Callable[[IHost, ID], Awaitable[None]]
-
-
-async def hang_up(host: IHost) -> None:
-    """Closes the host's sockets, which the library's own stop leaves open."""
-    for connections in list(swarm_of(host).connections.values()):
-        for connection in connections:
-            with trio.move_on_after(1):
-                await connection.close()
-            await connection.muxed_conn.secured_conn.close()  # type: ignore[attr-defined]
-
-
-def hostile_peer(address: str, attack: Attack, identity: NodeIdentity | None = None) -> None:
-    """Runs `attack(host, target)` as a bare libp2p host connected to `address`."""
-
-    async def main() -> None:
-        host = build_host(identity or NodeIdentity.generate(), None, Limits())
-        async with host.run(listen_addrs=[]):
-            target = info_from_p2p_addr(Multiaddr(address))
-            with trio.fail_after(20):
-                await host.connect(target)
-                try:
-                    await attack(host, target.peer_id)
-                finally:
-                    await hang_up(host)
-
-    trio.run(main)
-
-
-def under_attack(attack: Attack, limits: Limits | None = None) -> None:
-    """Runs the attack against a node and checks that the node still serves others."""
-
-    async def run() -> None:
-        server, client = fresh(limits=limits), fresh(listen=None)
-        async with started(server, client):
-            await asyncio.to_thread(hostile_peer, server.addresses[0], attack)
-            peer = await client.connect(server.addresses[0], timeout_s=WAIT_S)
-            assert await client.request(peer, ECHO, b"x", timeout_s=WAIT_S) == b"x"
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, (8 << 20) + 1])
 def test_huge_length_prefix_is_refused_before_any_room_is_made(length: int) -> None:
     async def attack(host: IHost, target: ID) -> None:
@@ -477,28 +413,11 @@ def test_reader_that_stalls_does_not_hold_up_others() -> None:
     asyncio.run(run())
 
 
-async def _plaintext_dial(address: str) -> bool:
-    """Whether a peer that speaks only plaintext gets a connection."""
-    keys = create_new_key_pair()
-    host = new_host(
-        key_pair=keys, sec_opt={TProtocol(PLAINTEXT_PROTOCOL_ID): InsecureTransport(keys)}
-    )
-    host.get_network().retry_config.max_retries = 0  # type: ignore[attr-defined]
-    async with host.run(listen_addrs=[]):
-        try:
-            with trio.fail_after(5):
-                await host.connect(info_from_p2p_addr(Multiaddr(address)))
-        except (BaseLibp2pError, trio.TooSlowError):
-            return False
-        await hang_up(host)
-        return True
-
-
 def test_peer_without_encryption_is_refused() -> None:
     async def run() -> None:
         server = fresh()
         async with started(server):
-            dial = lambda: trio.run(_plaintext_dial, server.addresses[0])  # noqa: E731
+            dial = lambda: trio.run(plaintext_dial, server.addresses[0])  # noqa: E731
             assert not await asyncio.to_thread(dial)
             assert server.peers() == frozenset()
 
@@ -512,7 +431,7 @@ def test_the_librarys_default_host_does_accept_plaintext() -> None:
         listen = [Multiaddr(LOCAL)]
         default = new_host(key_pair=create_new_key_pair(), listen_addrs=listen)
         async with default.run(listen_addrs=listen):
-            accepted = await _plaintext_dial(str(default.get_addrs()[0]))
+            accepted = await plaintext_dial(str(default.get_addrs()[0]))
             await hang_up(default)
             return accepted
 
@@ -521,7 +440,7 @@ def test_the_librarys_default_host_does_accept_plaintext() -> None:
 
 def test_peer_id_is_the_librarys_own() -> None:
     identity = NodeIdentity.generate()
-    host = build_host(identity, None, Limits())
+    host = build_host(identity, Limits())
     assert host.get_id().to_base58() == identity.peer_id == peer_id_of(identity.public_key)
     offered = host.get_network().upgrader.security_multistream.transports  # type: ignore[attr-defined]
     assert list(offered) == [NOISE_ID]

@@ -14,7 +14,10 @@ from shoal.network.port import Limits, Network
 
 
 class Libp2pWorld:
-    def __init__(self) -> None:
+    """Nodes over one transport: ``tcp/0``, or ``tcp/0/ws`` for WebSocket."""
+
+    def __init__(self, transport: str) -> None:
+        self._listen = f"/ip4/127.0.0.1/{transport}"
         self._nodes: list[Libp2pNode] = []
 
     async def node(
@@ -24,7 +27,7 @@ class Libp2pWorld:
         identity: NodeIdentity | None = None,
         limits: Limits | None = None,
     ) -> Network:
-        listen = "/ip4/127.0.0.1/tcp/0" if listens else None
+        listen = self._listen if listens else None
         node = Libp2pNode(identity or NodeIdentity.generate(), listen, limits=limits)
         self._nodes.append(node)
         await node.start()
@@ -35,10 +38,11 @@ class Libp2pWorld:
             await node.stop()
 
 
+@pytest.mark.parametrize("transport", ["tcp/0", "tcp/0/ws"], ids=["tcp", "websocket"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_libp2p_keeps(check: Callable[[World], Awaitable[None]]) -> None:
+def test_libp2p_keeps(check: Callable[[World], Awaitable[None]], transport: str) -> None:
     async def run() -> None:
-        world = Libp2pWorld()
+        world = Libp2pWorld(transport)
         try:
             await check(world)
         finally:

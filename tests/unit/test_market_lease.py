@@ -9,6 +9,7 @@ from shoal.market.lease import (
     LeaseRecord,
     LeaseState,
     due,
+    excuse,
     expire_if_due,
     heartbeat,
     judge,
@@ -199,3 +200,28 @@ def test_deadlines_are_three_times_the_slow_tenth() -> None:
         )
     with pytest.raises(InvalidRequest):
         p90_up([])
+
+
+def test_excused_time_moves_the_clocks_of_silence_and_no_other() -> None:
+    record = excuse(running(), silent_ms=5_000, now_ms=NOW_MS + 6_000)
+    assert due(record, NOW_MS + 8_000) is None
+    assert due(record, NOW_MS + 8_001) is Clock.HEARTBEAT
+    assert due(record, record.lease.deadline_ms + 1) is Clock.DEADLINE
+    # Never into the future: what was heard just now is not heard later.
+    assert excuse(running(), silent_ms=99_000, now_ms=NOW_MS + 10).heard_at_ms == NOW_MS + 10
+    assert excuse(running(NOW_MS + 50), silent_ms=5, now_ms=NOW_MS).heard_at_ms == NOW_MS + 50
+
+
+def test_a_lease_taken_before_the_silence_may_have_been_started_in_it() -> None:
+    taken = take(offer(lease()), node=peer(1), lease_epoch=2, now_ms=NOW_MS)
+    record = excuse(taken, silent_ms=5_000, now_ms=NOW_MS + 5_000)
+    assert record.state is LeaseState.RUNNING
+    assert due(record, NOW_MS + 5_000) is None
+    # The control: unexcused, its start clock has run out.
+    assert due(taken, NOW_MS + 5_000) is Clock.START
+
+
+@pytest.mark.parametrize("record", [offer(lease()), submitted()])
+def test_what_is_not_under_way_needs_no_excuse(record: LeaseRecord) -> None:
+    assert excuse(record, silent_ms=5_000, now_ms=NOW_MS + 5_000) is record
+    assert excuse(running(), silent_ms=0, now_ms=NOW_MS) == running()

@@ -10,10 +10,11 @@ import pytest
 from orchestrator_bidders import certificates, conclude, sell, taken, three
 from orchestrator_lab import Lab, Peer, arrival, open_lab, run, until
 
+from shoal.protocol.announcement import CERTIFICATES_TOPIC, LOTS_TOPIC, LotAnnouncement, topic_of
 from shoal.protocol.certificate import ClearingCertificate, ClearingRule
 from shoal.protocol.errors import InvariantBroken, OverBudget, Unavailable
 from shoal.protocol.market import TaskKind
-from shoal.protocol.node import CERTIFICATES_TOPIC, LOTS_TOPIC, FailureCause, IdleReason
+from shoal.protocol.node import FailureCause, IdleReason
 from shoal.protocol.signing import Signed
 
 
@@ -135,6 +136,7 @@ def test_a_posted_price_that_only_an_absent_node_takes_rises_until_one_that_is_h
             again, _ = await taken(lab, honest)
             assert again.lease.record.lot_id == other.workload.lot.lot_id
             lab.time.advance(60_000)
+            await honest.beat()
             await lab.orchestrator.dispatcher.revoke_job(job, "the holder is gone")
             await lab.settled()
             assert (sale.workload.waiting == []) is prices_rise
@@ -266,6 +268,7 @@ def test_a_node_that_broke_its_word_waits_and_then_works_again(tmp_path: Path) -
             await lab.settled()
             assert sale.workload.waiting == [(0, 1)]
             lab.time.advance(10_000)
+            await peer.beat()
             await lab.settled()
             assert await units(peer) == 2
 
@@ -364,16 +367,24 @@ def test_lots_and_certificates_are_gossiped_and_a_network_that_cannot_holds_noth
             async def hear(sender: object, data: bytes) -> None:
                 heard.put_nowait(data)
 
-            peer.network.subscribe(LOTS_TOPIC, hear)
-            peer.network.subscribe(CERTIFICATES_TOPIC, hear)
+            account = lab.context.account.address
+            for topic in (LOTS_TOPIC, CERTIFICATES_TOPIC):
+                peer.network.subscribe(topic_of(topic, lab.context.domain, account), hear)
             await peer.bid()
-            sale = await lab.open_sale(job)
-            assert await arrival(heard) == sale.workload.lot.encode()
+            sales = [await lab.open_sale(job), await lab.open_sale(job)]
+            await lab.orchestrator.auctioneer.announcer.flush()
+            # Both lots together, so that a burst of them is one message.
+            lots = Signed[LotAnnouncement].decode(await arrival(heard))
+            assert lots.signer(lab.context.domain) == account
+            assert lots.record.lots == tuple(sale.workload.lot for sale in sales)
             sell(lab)
+            await arrival(peer.offers)
+            await lab.orchestrator.auctioneer.announcer.flush()
             certificate = Signed[ClearingCertificate].decode(await arrival(heard))
-            assert [certificate.record] == await certificates(lab)
+            assert certificate.record == (await certificates(lab))[0]
             await lab.context.network.stop()
             unheard = await lab.open_sale(job)
+            await lab.orchestrator.auctioneer.announcer.flush()
             assert unheard.workload in lab.orchestrator.auctioneer._open
 
     run(scenario)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.network.identity import NodeIdentity
 from shoal.orchestrator.__main__ import main
 from shoal.orchestrator.config import load_config
 from shoal.protocol.errors import InvalidRequest
@@ -68,6 +69,31 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: byt
     assert str(file) in caught.value.message
 
 
+def test_mirrors_are_a_list_or_one_text_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ("https://a.example", "http://b.example:8080/x")
+    assert load_config(None, {**GIVEN, "mirrors": both}).mirrors == both
+    monkeypatch.setenv("SHOAL_ORCHESTRATOR_MIRRORS", ", ".join(both))
+    assert load_config(None, GIVEN).mirrors == both
+
+
+@pytest.mark.parametrize("mirror", ["ftp://a", "http://me@a", "http://a/?b", "a.example"])
+def test_a_mirror_is_an_http_base(mirror: str) -> None:
+    with pytest.raises(InvalidRequest, match="mirrors"):
+        load_config(None, {**GIVEN, "mirrors": (mirror,)})
+
+
+def test_bootstrap_nodes_are_addresses_that_name_their_peer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = f"/dns4/node.example/tcp/4001/p2p/{NodeIdentity(bytes(32)).peer_id}"
+    monkeypatch.setenv("SHOAL_ORCHESTRATOR_BOOTSTRAP", f"{node}, {node}")
+    assert load_config(None, GIVEN).bootstrap == (node, node)
+    assert not load_config(None, GIVEN).mdns
+    for wrong in ("/ip4/192.0.2.1/tcp/4001", "node.example:4001", "/p2p/12D3KooW", node + "/x"):
+        with pytest.raises(InvalidRequest, match="bootstrap"):
+            load_config(None, {**GIVEN, "bootstrap": (wrong,)})
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["orchestrator", *arguments])
     return main()
@@ -90,3 +116,27 @@ def test_a_bad_option_is_one_sentence_and_the_exit_code_of_bad_input(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "'api_port'" in said
+
+
+def test_it_relays_unless_told_otherwise_and_within_a_rate() -> None:
+    config = load_config(None, GIVEN)
+    assert config.relay
+    assert config.relay_mbit == 32
+    assert not load_config(None, {**GIVEN, "relay": "false"}).relay
+    with pytest.raises(InvalidRequest, match="relay_mbit"):
+        load_config(None, {**GIVEN, "relay_mbit": 0})
+
+
+def test_it_listens_at_several_addresses_and_announces_others() -> None:
+    assert load_config(None, GIVEN).p2p_listen == ("/ip4/127.0.0.1/tcp/0",)
+    given = {
+        **GIVEN,
+        "p2p_listen": "/ip4/0.0.0.0/tcp/4001, /ip4/127.0.0.1/tcp/4002/ws",
+        "p2p_announce": ["/dns4/my-market.example.org/tcp/443/tls/ws"],
+    }
+    config = load_config(None, given)
+    assert config.p2p_listen == ("/ip4/0.0.0.0/tcp/4001", "/ip4/127.0.0.1/tcp/4002/ws")
+    assert config.p2p_announce == ("/dns4/my-market.example.org/tcp/443/tls/ws",)
+    for name, wrong in (("p2p_listen", ""), ("p2p_listen", "0.0.0.0:4001"), ("p2p_announce", "x")):
+        with pytest.raises(InvalidRequest, match=name):
+            load_config(None, {**GIVEN, name: wrong})

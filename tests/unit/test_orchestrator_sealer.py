@@ -119,6 +119,7 @@ def test_what_was_shown_once_is_not_asked_for_again(tmp_path: Path) -> None:
             assert book(lab) == [peer.node]
             # But once a minute it is shown that its bid is in the book.
             lab.time.advance(60_000)
+            await peer.beat()
             await peer.turn()
             assert [len(notice.wanted) for notice in peer.notices] == [1, 0]
             assert peer.notices[-1].proofs[0].holds(await last_seal(lab))

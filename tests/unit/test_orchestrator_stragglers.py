@@ -52,9 +52,11 @@ class Race:
         return offer, live
 
     async def pass_ms(self, span_ms: int, **beating: tuple[int, LeaseOffer]) -> None:
-        """Time passes; the named workers make progress all the while."""
+        """Time passes; all workers are there, and the named ones make progress all the while."""
         for _ in range(span_ms // 1_000):
             self.lab.time.advance(1_000)
+            for peer in self.peers:
+                await peer.beat()
             for number, offer in beating.values():
                 await self.peers[number].beat(offer, progress=self.lab.time.now_ms())
         self.lab.time.advance(span_ms % 1_000)
@@ -150,6 +152,7 @@ def test_a_lease_at_a_standstill_is_given_to_another_node_before_it_expires(
             for _ in range(20):
                 contest.lab.time.advance(1_000)
                 await contest.peers[0].beat(slow, progress=0)
+                await contest.peers[1].beat()
             await contest.pass_ms(0)
             assert contest.peers[1].offers.empty()
             await contest.pass_ms(1)

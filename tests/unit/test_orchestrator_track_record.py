@@ -66,7 +66,9 @@ async def every_ending(case: Court) -> list[Peer]:
     await dispatcher.grant(case.sale.workload, waiting, lab.award(proud, case.sale))
     await dispatcher.drained(case.job)
     await lease(silent)
-    lab.time.advance(3_001)
+    for _ in range(3):
+        lab.time.advance(1_001)
+        await good.beat()
     await dispatcher.reap()
     offer, live = await lease(good)
     lab.time.advance(600)

@@ -32,6 +32,17 @@ def test_command_line_beats_environment_beats_file_beats_defaults(tmp_path: Path
     assert config.stake_micros == 5_000_000
 
 
+def test_an_orchestrator_may_have_several_addresses(tmp_path: Path) -> None:
+    two = ("https://orchestrator.example", "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooW")
+    file = tmp_path / "worker.toml"
+    file.write_text(f'orchestrator = ["{two[0]}", "{two[1]}"]\n')
+    assert load_config(file, {}, {}).orchestrator == two
+    text = f"{two[0]}, {two[1]}"
+    assert load_config(None, {"SHOAL_WORKER_ORCHESTRATOR": text}, {}).orchestrator == two
+    assert load_config(None, {}, {"orchestrator": text}).orchestrator == two
+    assert load_config(None, {}, URL).orchestrator == (URL["orchestrator"],)
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -42,8 +53,12 @@ def test_command_line_beats_environment_beats_file_beats_defaults(tmp_path: Path
         ({**URL, "stake": "1.0000001"}, "stake"),
         ({**URL, "device": "tpu"}, "device"),
         ({**URL, "niceness": 99}, "niceness"),
+        ({**URL, "blob_listen": "8701"}, "HOST:PORT"),
+        ({**URL, "blob_listen": "0.0.0.0:65536"}, "HOST:PORT"),
+        ({**URL, "blob_url": "ftp://example.org"}, "blob_url"),
+        ({**URL, "blob_url": "http://me@example.org"}, "blob_url"),
+        ({**URL, "upload_mbit": -1}, "upload_mbit"),
         ({**URL, "capacity.rollout": -1}, "capacity.rollout"),
-        ({}, "orchestrator"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(options: dict[str, object], wanted: str) -> None:

@@ -16,17 +16,13 @@ from worker_double import (
     DOMAIN,
     JOB_ID,
     POLICY,
-    MemoryBlobs,
-    MemoryChain,
-    OrchestratorDouble,
-    ScriptedEngine,
     make_task,
 )
+from worker_world import ACCOUNT, IDENTITY, ORCHESTRATOR, World
 
 from shoal.network.identity import NodeIdentity, public_key_of
-from shoal.network.memory import MemoryHub, MemoryNetwork
+from shoal.network.memory import MemoryNetwork
 from shoal.protocol.canonical import sha256_hex
-from shoal.protocol.clock import ManualTime
 from shoal.protocol.errors import (
     Clock,
     Expired,
@@ -44,95 +40,18 @@ from shoal.protocol.node import (
     EVIDENCE_PROTOCOL,
     HELLO_PROTOCOL,
     LEASE_PROTOCOL,
+    PROTOCOL_VERSION,
     EvidenceReply,
     EvidenceRequest,
-    HelloReply,
     IdleReason,
-    LeaseOffer,
 )
 from shoal.protocol.signing import sign
 from shoal.provenance import dsse
 from shoal.provenance.statement import require_same_work
-from shoal.worker.config import load_config
 from shoal.worker.events import JsonFormatter
-from shoal.worker.node import Parts, WorkerNode
-from shoal.worker.ports import ProviderChain, TaskInput, TaskOutput
-from shoal.worker.session import Backoff, Credentials, find_addresses
-
-ORCHESTRATOR = NodeIdentity(b"o" * 32)
-ACCOUNT = EthAccount.create()
-IDENTITY = NodeIdentity(b"w" * 32)
-
-
-class World:
-    """A hub with an orchestrator and, once `join`ed, a worker on it."""
-
-    def __init__(self, directory: Path, **options: Any) -> None:
-        self.hub = MemoryHub()
-        self.directory = directory
-        self.double = self.new_orchestrator()
-        self.chain = MemoryChain(ACCOUNT.address)
-        self.chain_failure: ShoalError | None = None
-        self.engine = ScriptedEngine()
-        self.stop = asyncio.Event()
-        address = f"/memory/1/p2p/{ORCHESTRATOR.peer_id}"
-        self.config = load_config(
-            None,
-            {},
-            {"orchestrator": address, "data_dir": directory, "connect_timeout_s": 0.3, **options},
-        )
-        self.blobs = MemoryBlobs(directory / "blobs")
-        self.worker = WorkerNode(
-            self.config,
-            Parts(
-                network=MemoryNetwork(self.hub, IDENTITY, listens=False),
-                credentials=Credentials(account=ACCOUNT, identity=IDENTITY),
-                connect_chain=self._connect,
-                blobs=self.blobs,
-                engine=self.engine,
-                device="cpu",
-                time=ManualTime(),
-            ),
-        )
-        self.running: asyncio.Task[None] | None = None
-
-    def new_orchestrator(self) -> OrchestratorDouble:
-        return OrchestratorDouble(MemoryNetwork(self.hub, ORCHESTRATOR), ORCHESTRATOR)
-
-    async def join(self) -> None:
-        """The worker runs and the orchestrator has its credentials."""
-        await self.double.network.start()
-        self.running = asyncio.create_task(self.worker.run(self.stop))
-        await self.next(self.double.inbox.joins)
-        await self.next(self.double.inbox.beats)
-
-    async def next(self, queue: asyncio.Queue[Any]) -> Any:
-        """The next arrival; the worker's own failure if that comes first."""
-        assert self.running is not None
-        arrival = asyncio.create_task(queue.get())
-        await asyncio.wait({arrival, self.running}, return_when=asyncio.FIRST_COMPLETED)
-        if not arrival.done():
-            arrival.cancel()
-            await self.running
-        return await arrival
-
-    def offer(self, kind: TaskKind = TaskKind.ROLLOUT, **changes: Any) -> LeaseOffer:
-        number = changes.get("number", 0)
-        return self.double.offer(
-            make_task(kind, number), ACCOUNT.address, IDENTITY.peer_id, **changes
-        )
-
-    async def leave(self) -> None:
-        self.stop.set()
-        self.engine.free.set()
-        if self.running is not None:
-            await asyncio.gather(self.running, return_exceptions=True)
-        await self.double.network.stop()
-
-    async def _connect(self, greeting: HelloReply) -> ProviderChain:
-        if self.chain_failure is not None:
-            raise self.chain_failure
-        return self.chain
+from shoal.worker.ports import TaskInput, TaskOutput
+from shoal.worker.session import Backoff
+from shoal.worker.ways import find_addresses
 
 
 @pytest.fixture
@@ -381,6 +300,8 @@ def test_a_result_is_sent_again_while_that_can_help(
 def test_a_worker_cut_off_comes_back_and_hands_in_what_it_computed(drive: Drive) -> None:
     async def script(world: World) -> None:
         await world.join()
+        for _ in TaskKind:
+            await world.next(world.double.inbox.bids)
         world.engine.free.clear()
         await world.double.send(world.offer(), IDENTITY.peer_id)
         await asyncio.to_thread(world.engine.started.wait, 5)
@@ -424,7 +345,8 @@ def test_an_orchestrator_that_comes_back_on_another_chain_is_left(drive: Drive) 
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(2, "update this worker"), (0, "update the orchestrator")]
+    ("version", "words"),
+    [(PROTOCOL_VERSION + 1, "update this worker"), (0, "update the orchestrator")],
 )
 def test_a_stale_version_is_said_in_one_sentence(drive: Drive, version: int, words: str) -> None:
     async def script(world: World) -> None:

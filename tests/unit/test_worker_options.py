@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from shoal.protocol.errors import InvalidRequest
+from shoal.worker import verbs
 from shoal.worker.__main__ import build_parser, main, read_options
 from shoal.worker.config import SamplingChoice, WorkerConfig, load_config
 
@@ -61,6 +63,9 @@ def test_a_wrong_value_is_one_sentence(arguments: tuple[str, ...], words: str) -
         (("http://market", "--stak", "2"), "--stak"),
         (("http://market", "--capacity", "many"), "'many'"),
         (("http://market", "--claim", "--unstake"), "not allowed"),
+        (("--claim",), "name the orchestrator"),
+        (("--backup",), "name one FILE"),
+        (("--restore", "one", "two"), "name one FILE"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exits_with_2(
@@ -90,3 +95,35 @@ def test_help_tells_the_defaults() -> None:
         "(auto)",
     ):
         assert default in text
+
+
+def test_several_addresses_are_ways_to_one_orchestrator() -> None:
+    config = configured("/ip4/192.0.2.1/tcp/1/p2p/12D3")
+    assert config.orchestrator == ("http://market", "/ip4/192.0.2.1/tcp/1/p2p/12D3")
+
+
+@pytest.mark.parametrize("verb", ["status", "backup", "doctor"])
+def test_verbs_beside_work_need_no_orchestrator(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[WorkerConfig] = []
+
+    def told(config: WorkerConfig, *_: object, as_json: bool) -> int:
+        ran.append(config)
+        return 7
+
+    async def looked(config: WorkerConfig, *, as_json: bool) -> int:
+        return told(config, as_json=as_json)
+
+    for name, stand_in in (
+        ("tell_status", told),
+        ("run_backup", told),
+        ("run_doctor", looked),
+    ):
+        monkeypatch.setattr(verbs, name, stand_in)
+    words = ["FILE"] if verb == "backup" else []
+    monkeypatch.setattr(
+        sys, "argv", ["worker", f"--{verb}", *words, "--data-dir", str(tmp_path), "--json"]
+    )
+    assert main() == 7
+    assert (ran[0].data_dir, ran[0].orchestrator) == (tmp_path, ())

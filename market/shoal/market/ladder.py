@@ -9,6 +9,7 @@ A parcel that failed twice, or that nobody below may take, needs a new clearing.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
@@ -91,6 +92,11 @@ class RunningLadder(Generic[_P]):
             if rung.rung > lowest and num_units <= rung.room_units - in_flight.get(node, 0)
         )
         return min(found, key=lambda rung: rung.rung, default=None)
+
+    def place_of(self, node: str) -> int | None:
+        """How many rungs stand before the node's first; None when it has none."""
+        own = self._of_node.get(node)
+        return bisect_left(self._rungs, own[0].rung, key=lambda r: r.rung) if own else None
 
     def note_failure(self, parcel: _P, place: int) -> None:
         """The parcel failed on this rung; it goes to one below.

@@ -175,6 +175,24 @@ def heartbeat(
     return record
 
 
+def excuse(record: LeaseRecord, *, silent_ms: int, now_ms: int) -> LeaseRecord:
+    """``silent_ms`` of the time up to ``now_ms`` were not the holder's fault, and do not count.
+
+    A lease that was taken may have been started unheard, so it counts as running.
+    """
+    if record.state not in (LeaseState.TAKEN, LeaseState.RUNNING) or silent_ms <= 0:
+        return record
+    return record.model_copy(
+        update={
+            "state": LeaseState.RUNNING,
+            "heard_at_ms": min(record.heard_at_ms + silent_ms, max(now_ms, record.heard_at_ms)),
+            "progress_at_ms": min(
+                record.progress_at_ms + silent_ms, max(now_ms, record.progress_at_ms)
+            ),
+        }
+    )
+
+
 def submit(
     record: LeaseRecord,
     *,

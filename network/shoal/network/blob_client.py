@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -14,10 +14,29 @@ from weakref import WeakValueDictionary
 
 import aiohttp
 
-from shoal.network.blob_parts import PartialBlob
-from shoal.network.blob_store import BlobStore, chunk_sizes
+from shoal.network.blob_board import Board
+from shoal.network.blob_chunks import FineList, Span, num_chunks
+from shoal.network.blob_parts import PartialBlob, to_the_end
+from shoal.network.blob_sources import (
+    CONNECT_TIMEOUT_S,
+    TRANSPORT_ERRORS,
+    Holder,
+    SourceOpener,
+    refusal,
+)
+from shoal.network.blob_store import BlobStore
+from shoal.network.blob_transfer import (
+    FetchRules,
+    Listener,
+    MoreSources,
+    Transfer,
+    as_holder,
+    in_words,
+    nobody_has,
+)
+from shoal.network.meters import Meters
+from shoal.network.port import Network
 from shoal.protocol.blob import CHUNK_BYTES, BlobRef
-from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import (
     Clock,
     Expired,
@@ -25,77 +44,37 @@ from shoal.protocol.errors import (
     PeerFault,
     ShoalError,
     Unavailable,
-    error_from_wire,
 )
 
 _LOG: Final = logging.getLogger(__name__)
-_READ_BYTES: Final = 1 << 18
-_MAX_ERROR_BYTES: Final = 16 << 10
 _DIGEST_BYTES: Final = 32
-# One range in flight and one on its way per holder keeps its disk and our hashing both busy.
-_RANGES_PER_SOURCE: Final = 2
-_CONNECT_TIMEOUT_S: Final = 5.0
-_PAUSE_TIMEOUT_S: Final = 15.0
-_TRIES_PER_SOURCE: Final = 3
-_TRANSPORT_ERRORS: Final = (aiohttp.ClientError, ConnectionError, TimeoutError)
-
-
-@dataclass
-class _Source:
-    """One holder and what became of asking it; ``on_bytes`` hears how many more came."""
-
-    url: str
-    on_bytes: Callable[[int], None]
-    failures: int = 0
-    fault: str = ""
-
-    @property
-    def usable(self) -> bool:
-        return self.failures < _TRIES_PER_SOURCE
-
-
-@dataclass
-class _Queue:
-    """The chunks still to fetch, shared by every holder's workers."""
-
-    waiting: list[int]
-    done: int = 0
-    total: int = 0
-    in_flight: int = 0
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    async def take(self) -> int | None:
-        """The next chunk, or None when all are done; waits while others work on the last."""
-        async with self.changed:
-            while not self.waiting:
-                if self.done == self.total:
-                    return None
-                await self.changed.wait()
-            self.in_flight += 1
-            return self.waiting.pop()
-
-    async def finish(self, index: int, *, fetched: bool) -> None:
-        """The chunk is done, or waits for another try."""
-        async with self.changed:
-            self.in_flight -= 1
-            if fetched:
-                self.done += 1
-            else:
-                self.waiting.append(index)
-            self.changed.notify_all()
+_OUR_DISK: Final = frozenset({"store_full", "disk_full"})
 
 
 class BlobClient:
-    """Brings blobs into a store; one HTTP session, whose connections are reused.
+    """Brings blobs into a store.
 
     Args:
         store: Where blobs go, and where one that is already there is found.
+        network: The way to holders that are peers; None asks HTTP holders only.
+        rules: How patient a fetch is.
+        meters: Where bytes and faults are counted; the network's own when absent.
     """
 
-    def __init__(self, store: BlobStore) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        network: Network | None = None,
+        *,
+        rules: FetchRules | None = None,
+        meters: Meters | None = None,
+    ) -> None:
         self._store = store
-        self._session: aiohttp.ClientSession | None = None
+        self._rules = rules or FetchRules()
+        self._meters = meters or (network.meters if network is not None else Meters())
+        self._opener = SourceOpener(network, self._rules.floor_bytes_per_s)
         self._transfers: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._settling: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> BlobClient:
         """The client may be used; leaving the block closes it."""
@@ -111,28 +90,40 @@ class BlobClient:
         await self.close()
 
     async def close(self) -> None:
-        """The client's connections are closed; a second call does nothing."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        """Connections are closed and what was fetched is on the disk; twice does nothing."""
+        await self._opener.close()
+        await asyncio.gather(*self._settling)
 
     async def fetch(
         self,
         ref: BlobRef,
-        sources: Sequence[str],
+        sources: Sequence[str | Holder],
         *,
         timeout_s: float,
         on_bytes: Callable[[int], None] = lambda num_bytes: None,
+        on_chunk: Callable[[int], None] | None = None,
+        more_sources: MoreSources | None = None,
+        on_given_up: Callable[[str, bool], None] = lambda source, lied: None,
+        fine: FineList | None = None,
     ) -> Path:
         """The blob is in the store, verified; its path there.
 
         Args:
             ref: What to fetch, from a record that is trusted.
-            sources: Base addresses of holders, as ``http://host:port``; the first is asked
-                first, and all at once when the blob has several chunks.
+            sources: Holders.  One given by its address alone is one's own word and may be at
+                a private address; see `Holder`.  A blob of one chunk is asked of one after
+                the other, a larger one of all at once.
             timeout_s: The whole transfer's deadline.  What was verified before a failure is
                 kept, and a later call goes on from there.
-            on_bytes: Told how many more bytes have come, as they come.
+            on_bytes: Told how many more bytes have come and were found right.
+            on_chunk: Told each chunk that is here and served from now on, those that a call
+                before this one had brought included.
+            more_sources: Asked now and then, while chunks are missing, for all the holders
+                known by then.
+            on_given_up: Told once of each source that is not asked again, and whether it
+                sent what no honest holder sends.
+            fine: Digests of smaller chunks, so that each can be passed on sooner.  Nobody need
+                vouch for them: the blob's own digest still decides.
 
         Raises:
             Unavailable: No holder gave the right bytes; names what was wrong with each.
@@ -141,25 +132,26 @@ class BlobClient:
         """
         if self._store.has(ref.sha256):
             return self._store.path(ref.sha256)
-        if not sources:
+        if not sources and more_sources is None:
             raise InvalidRequest(f"Blob {ref.sha256} has no source to be fetched from.")
-        holders = [_Source(url.rstrip("/"), on_bytes) for url in dict.fromkeys(sources)]
-        try:
-            async with asyncio.timeout(timeout_s) as deadline:
-                # Two who want the same blob share one transfer.
-                async with self._transfer_of(ref.sha256):
-                    await self._fetch_missing(ref, holders)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise Expired(
-                f"Blob {ref.sha256} was not fetched within {timeout_s:g} s; "
-                "what was verified is kept for the next try.",
-                clock=Clock.TRANSFER,
-            ) from None
+        holders = list({holder.source: holder for holder in map(as_holder, sources)}.values())
+        listener = Listener(
+            on_bytes=on_bytes,
+            on_chunk=on_chunk or (lambda index: None),
+            on_given_up=on_given_up,
+            more_sources=more_sources,
+        )
+        # Those who exchange chunks had better hold different ones; alone, in order is cheapest.
+        swarms = on_chunk is not None or more_sources is not None
+        order = random.Random() if swarms else None
+        # Two who want the same blob share one transfer.
+        async with _in_time(ref, timeout_s), self._transfer_of(ref.sha256):
+            await self._fetch_missing(ref, holders, listener, order, fine)
         return self._store.path(ref.sha256)
 
-    async def fetch_bytes(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+    async def fetch_bytes(
+        self, ref: BlobRef, sources: Sequence[str | Holder], *, timeout_s: float
+    ) -> bytes:
         """The blob's bytes; see `fetch`."""
         await self.fetch(ref, sources, timeout_s=timeout_s)
         return await asyncio.to_thread(self._store.read, ref.sha256)
@@ -190,13 +182,13 @@ class BlobClient:
         headers = {"Authorization": f"Bearer {token}", "Content-Length": str(ref.size_bytes)}
         small = ref.size_bytes <= CHUNK_BYTES
         body = self._store.read(ref.sha256) if small else self._store.open(ref.sha256)
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
-            async with self._http().put(
+            async with self._opener.session(allow_private=True).put(
                 address, data=body, headers=headers, timeout=timeout
             ) as answer:
                 if answer.status not in {200, 201}:
-                    raise await _refusal(answer)
+                    raise await refusal(answer)
         except TimeoutError:
             raise Expired(
                 f"The upload to {address} did not finish within {timeout_s:g} s.",
@@ -204,8 +196,9 @@ class BlobClient:
             ) from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Unavailable(
-                f"The upload to {address} failed: {_in_words(error)}.", code="upload_failed"
+                f"The upload to {address} failed: {in_words(error)}.", code="upload_failed"
             ) from error
+        self._meters.count("blob_bytes", ref.size_bytes, plane="http", direction="out")
 
     def _transfer_of(self, digest: str) -> asyncio.Lock:
         lock = self._transfers.get(digest)
@@ -213,179 +206,160 @@ class BlobClient:
             self._transfers[digest] = lock = asyncio.Lock()
         return lock
 
-    async def _fetch_missing(self, ref: BlobRef, holders: list[_Source]) -> None:
+    async def _fetch_missing(
+        self,
+        ref: BlobRef,
+        holders: Sequence[Holder],
+        listener: Listener,
+        order: random.Random | None,
+        fine: FineList | None,
+    ) -> None:
         if self._store.has(ref.sha256):
             return
-        self._store.reserve(ref.size_bytes)
-        if ref.size_bytes <= CHUNK_BYTES or ref.chunks_sha256 is None:
-            await self._fetch_whole(ref, holders)
-        else:
-            await self._fetch_chunks(ref, ref.chunks_sha256, holders)
-
-    async def _fetch_whole(self, ref: BlobRef, holders: list[_Source]) -> None:
-        """The blob came in one request from the first holder that has it right."""
-        for holder in holders:
+        if fine is not None and fine.fits(ref) and holders:
             try:
-                await self._stream_whole(ref, holder)
-            except (ShoalError, *_TRANSPORT_ERRORS) as error:
-                if isinstance(error, Unavailable) and error.code == "store_full":
+                await self._fetch_finely(ref, fine, holders, listener, order)
+            except (PeerFault, Unavailable) as error:
+                # A wrong list makes liars of all; the usual one, which is signed for, decides.
+                if error.code in _OUR_DISK:
                     raise
-                holder.fault = _in_words(error)
-                _LOG.info("source %s failed for blob %s: %s", holder.url, ref.sha256, holder.fault)
+                _LOG.info("the fine list of blob %s is of no use: %s", ref.sha256, error)
             else:
                 return
-        raise _nobody(ref, holders)
+        if ref.size_bytes <= CHUNK_BYTES or ref.chunks_sha256 is None:
+            self._store.reserve(ref.size_bytes)
+            if not holders and listener.more_sources is not None:
+                holders = [as_holder(source) for source in await listener.more_sources()]
+            await self._fetch_whole(ref, holders, listener)
+        else:
+            await self._fetch_chunks(ref, ref.chunks_sha256, holders, listener, order)
 
-    async def _stream_whole(self, ref: BlobRef, holder: _Source) -> None:
+    async def _fetch_whole(
+        self, ref: BlobRef, holders: Sequence[Holder], listener: Listener
+    ) -> None:
+        """The blob came from the first holder that has it right."""
+        faults: dict[str, str] = {}
+        waited_s = 0.0
+        while holders:
+            busy: list[Holder] = []
+            rest_s = self._rules.stall_s
+            for holder in holders:
+                try:
+                    await self._read_whole(ref, holder, listener)
+                except (ShoalError, *TRANSPORT_ERRORS) as error:
+                    if isinstance(error, Unavailable) and error.code in _OUR_DISK:
+                        raise
+                    faults[holder.source] = in_words(error)
+                    if isinstance(error, Unavailable) and error.code == "overloaded":
+                        busy.append(holder)
+                        rest_s = min(rest_s, max(1.0, error.retry_after_s))
+                        continue
+                    _LOG.info("source %s failed for blob %s: %s", holder.source, ref.sha256, error)
+                    listener.on_given_up(holder.source, isinstance(error, PeerFault))
+                else:
+                    return
+            holders, waited_s = busy, waited_s + rest_s
+            if waited_s > self._rules.stall_s:
+                break
+            if busy:
+                await asyncio.sleep(rest_s)
+        raise nobody_has(ref, faults)
+
+    async def _read_whole(self, ref: BlobRef, holder: Holder, listener: Listener) -> None:
+        source = self._opener.open(holder)
+        plane = "http" if source.shows_progress else "p2p"
         with self._store.draft() as draft:
-            async with self._get(ref.sha256, holder) as answer:
-                await _check_status(answer, 200)
-                async for part in answer.content.iter_chunked(_READ_BYTES):
-                    if draft.size_bytes + len(part) > ref.size_bytes:
-                        raise _oversize(ref.size_bytes)
-                    draft.write(part)
-                    holder.on_bytes(len(part))
-                    if draft.size_bytes == ref.size_bytes:
-                        break
-            # Too few bytes need no check of their own: they cannot hash to the digest.
-            await asyncio.to_thread(draft.keep, expected=ref.sha256)
+            # A blob without a chunk list is one chunk, unless its reference is a poor one.
+            for start in range(0, ref.size_bytes, CHUNK_BYTES):
+                size_bytes = min(CHUNK_BYTES, ref.size_bytes - start)
+                span = Span(
+                    digest=ref.sha256,
+                    start=start,
+                    size_bytes=size_bytes,
+                    is_whole=size_bytes == ref.size_bytes,
+                )
+                room = bytearray(size_bytes)
+                # A holder that dribbles is as little use as one that is silent.
+                async with asyncio.timeout(
+                    self._rules.floor_window_s + size_bytes / self._rules.floor_bytes_per_s
+                ):
+                    await source.read_into(span, memoryview(room), lambda num_bytes: None)
+                draft.write(room)
+                self._meters.count("blob_bytes", size_bytes, plane=plane, direction="in")
+            await to_the_end(lambda: draft.keep(expected=ref.sha256))
+        listener.on_bytes(ref.size_bytes)
 
-    async def _fetch_chunks(self, ref: BlobRef, chunk_list: str, holders: list[_Source]) -> None:
-        sizes = chunk_sizes(ref.size_bytes)
-        list_ref = BlobRef(sha256=chunk_list, size_bytes=_DIGEST_BYTES * len(sizes))
+    async def _fetch_chunks(
+        self,
+        ref: BlobRef,
+        chunk_list: str,
+        holders: Sequence[Holder],
+        listener: Listener,
+        order: random.Random | None,
+    ) -> None:
+        list_ref = BlobRef(sha256=chunk_list, size_bytes=_DIGEST_BYTES * num_chunks(ref.size_bytes))
         if not self._store.has(chunk_list):
-            await self._fetch_whole(list_ref, holders)
-        digests = self._store.read(chunk_list)
-        if len(digests) != list_ref.size_bytes:
-            raise InvalidRequest(
-                f"The chunk list of blob {ref.sha256} does not match the blob's size; "
-                "ask for a right reference."
-            )
-        with PartialBlob(self._store, ref, digests) as partial:
-            missing = await asyncio.to_thread(partial.missing)
-            queue = _Queue(waiting=missing[::-1], done=len(sizes) - len(missing), total=len(sizes))
-            await self._drain(queue, partial, holders)
-            if queue.done < queue.total:
-                raise _nobody(ref, holders)
-            await asyncio.to_thread(partial.keep)
-
-    async def _drain(self, queue: _Queue, partial: PartialBlob, holders: list[_Source]) -> None:
-        workers = {
-            asyncio.ensure_future(self._work(queue, partial, holder))
-            for holder in holders
-            for _ in range(min(_RANGES_PER_SOURCE, len(queue.waiting)))
-        }
+            await self._fetch_whole(list_ref, holders, Listener())
+        self._store.pin(chunk_list)
         try:
-            running = workers
-            while running:
-                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    task.result()
-                # What is still on its way from a failing holder may be right, and is kept.
-                if not queue.in_flight and not any(holder.usable for holder in holders):
-                    return
+            digests = self._store.read(chunk_list)
+            if len(digests) != list_ref.size_bytes:
+                raise InvalidRequest(
+                    f"The chunk list of blob {ref.sha256} does not match the blob's size; "
+                    "ask for a right reference."
+                )
+            with PartialBlob(self._store, ref, digests) as blob:
+                await self._assemble(blob, holders, listener, order)
         finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            self._store.unpin(chunk_list)
+        self._settle_later(ref.sha256)
 
-    async def _work(self, queue: _Queue, partial: PartialBlob, holder: _Source) -> None:
-        while holder.usable:
-            index = await queue.take()
-            if index is None:
-                return
-            fetched = False
-            try:
-                if not holder.usable:  # it was found out while this worker waited
-                    return
-                data = await self._get_range(partial, index, holder)
-                await asyncio.to_thread(partial.write, index, data)
-                holder.on_bytes(len(data))
-                fetched = True
-            except PeerFault as error:
-                # Wrong bytes are never bad luck: this holder is not asked again.
-                holder.failures, holder.fault = _TRIES_PER_SOURCE, error.message
-            except (ShoalError, *_TRANSPORT_ERRORS) as error:
-                holder.failures, holder.fault = holder.failures + 1, _in_words(error)
-            finally:
-                await asyncio.shield(queue.finish(index, fetched=fetched))
+    async def _fetch_finely(
+        self,
+        ref: BlobRef,
+        fine: FineList,
+        holders: Sequence[Holder],
+        listener: Listener,
+        order: random.Random | None,
+    ) -> None:
+        with PartialBlob(self._store, ref, fine.digests, fine.chunk_bytes) as blob:
+            await self._assemble(blob, holders, listener, order)
+        # For those who ask this node later and have no fine list.
+        await to_the_end(lambda: self._store.list_chunks(ref.sha256))
+        self._settle_later(ref.sha256)
 
-    async def _get_range(self, partial: PartialBlob, index: int, holder: _Source) -> bytes:
-        start, size = index * CHUNK_BYTES, partial.size_of(index)
-        wanted = f"bytes={start}-{start + size - 1}"
-        async with self._get(partial.ref.sha256, holder, {"Range": wanted}) as answer:
-            await _check_status(answer, 206)
-            buffer = bytearray()
-            async for part in answer.content.iter_chunked(_READ_BYTES):
-                if len(buffer) + len(part) > size:
-                    raise _oversize(size)
-                buffer += part
-                if len(buffer) == size:
-                    break
-        data = bytes(buffer)
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
-        if digest != partial.digest_of(index):
-            raise PeerFault(
-                f"Chunk {index} of blob {partial.ref.sha256} from {holder.url} has a wrong digest.",
-                code="wrong_digest",
-                evidence=digest.hex(),
-            )
-        return data
+    def _settle_later(self, digest: str) -> None:
+        settling = asyncio.ensure_future(asyncio.to_thread(self._store.settle, digest))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
 
-    def _get(
-        self, digest: str, holder: _Source, headers: dict[str, str] | None = None
-    ) -> aiohttp.client._RequestContextManager:
-        # Identity encoding, so that no holder can make us inflate a bomb.
-        return self._http().get(
-            f"{holder.url}/blobs/{digest}",
-            headers={"Accept-Encoding": "identity", **(headers or {})},
-            timeout=aiohttp.ClientTimeout(
-                sock_connect=_CONNECT_TIMEOUT_S, sock_read=_PAUSE_TIMEOUT_S
-            ),
-            allow_redirects=False,
-        )
-
-    def _http(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                auto_decompress=False,
-                trust_env=False,
-                connector=aiohttp.TCPConnector(limit=64, limit_per_host=8),
-                read_bufsize=_READ_BYTES,
-            )
-        return self._session
+    async def _assemble(
+        self,
+        blob: PartialBlob,
+        holders: Sequence[Holder],
+        listener: Listener,
+        order: random.Random | None,
+    ) -> None:
+        missing = await to_the_end(blob.missing)
+        for index in sorted(set(range(len(blob.sizes))).difference(missing)):
+            listener.on_chunk(index)
+        board = Board(blob.sizes, missing, order)
+        transfer = Transfer(blob, board, self._opener, self._rules, listener, self._meters)
+        await transfer.run(holders)
+        await to_the_end(blob.keep)
 
 
-async def _check_status(answer: aiohttp.ClientResponse, expected: int) -> None:
-    if answer.status != expected:
-        raise await _refusal(answer)
-
-
-async def _refusal(answer: aiohttp.ClientResponse) -> ShoalError:
-    """The error the holder answered with, or one that says what it answered instead."""
-    body = await answer.content.read(_MAX_ERROR_BYTES)
+@contextlib.asynccontextmanager
+async def _in_time(ref: BlobRef, timeout_s: float) -> AsyncIterator[None]:
+    """What is inside ends by its clock, or is ended."""
     try:
-        return error_from_wire(parse_json(body))
-    except ValueError:
-        return Unavailable(
-            f"The holder answered with HTTP status {answer.status}.", code="http_status"
-        )
-
-
-def _oversize(size_bytes: int) -> PeerFault:
-    return PeerFault(
-        f"The holder sent more than the {size_bytes} bytes asked for.", code="oversize"
-    )
-
-
-def _nobody(ref: BlobRef, holders: list[_Source]) -> Unavailable:
-    tried = "; ".join(f"{holder.url}: {holder.fault or 'not asked'}" for holder in holders[:8])
-    return Unavailable(
-        f"No source gave blob {ref.sha256}: {tried}.", code="blob_unavailable", retry_after_s=2
-    )
-
-
-def _in_words(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return "it stopped answering"
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        async with asyncio.timeout(timeout_s) as deadline:
+            yield
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        raise Expired(
+            f"Blob {ref.sha256} was not fetched within {timeout_s:g} s; "
+            "what was verified is kept for the next try.",
+            clock=Clock.TRANSFER,
+        ) from None

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.network.framing import handler_failed, overloaded, too_large
-from shoal.network.port import Handler, Limits, LostHandler, TopicHandler
-from shoal.protocol.errors import Clock, Expired, InvalidRequest, ShoalError
+from shoal.network.bans import Fault
+from shoal.network.framing import handler_failed, overloaded, too_large, too_often
+from shoal.network.meters import Meters
+from shoal.network.pacing import Pacer
+from shoal.network.port import (
+    MAX_TOPIC_MESSAGE_BYTES,
+    Handler,
+    Limits,
+    LostHandler,
+    TopicCheck,
+    TopicHandler,
+    TopicVerdict,
+)
+from shoal.protocol.errors import Clock, Expired, InvalidRequest, PeerFault, ShoalError
 from shoal.protocol.ids import PeerId
 
 _LOG: Final = logging.getLogger(__name__)
@@ -19,29 +31,41 @@ _MAX_TOPIC_TASKS: Final = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """A protocol this node answers, and the largest request it reads for it."""
+    """A protocol this node answers, the largest request it reads for it, and for whom."""
 
     protocol: str
     handler: Handler
     max_request_bytes: int
+    for_guests: bool = False
 
 
 class Dispatcher:
     """Calls handlers in the asyncio loop; nothing a handler does ends the node.
 
     Args:
-        limits: Requests at once, message size and handler deadline.
+        limits: Requests at once and per peer, message size and handler deadline.
+        meters: Where requests and their outcomes are counted.
+        penalise: Holds a fault against a peer.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(
+        self, limits: Limits, meters: Meters, penalise: Callable[[PeerId, Fault], None]
+    ) -> None:
+        self.meters = meters
         self._limits = limits
+        self._penalise = penalise
+        rate = limits.requests_per_s_per_peer
+        self._pace = Pacer(rate, 2 * rate, time.monotonic)
         self._num_in_flight = 0
         self._services: dict[str, Service] = {}
         self._topics: dict[str, list[TopicHandler]] = {}
+        self._checks: dict[str, TopicCheck] = {}
         self._lost: list[LostHandler] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def serve(self, protocol: str, handler: Handler, max_request_bytes: int) -> Service:
+    def serve(
+        self, protocol: str, handler: Handler, max_request_bytes: int, *, for_guests: bool = False
+    ) -> Service:
         """The protocol's service, once its name and cap are known to be usable."""
         if not protocol.startswith("/") or len(protocol) > 128:
             raise InvalidRequest(
@@ -52,7 +76,12 @@ class Dispatcher:
                 f"The request cap of {protocol} is {max_request_bytes} bytes; it must lie "
                 f"between 0 and the node's {self._limits.max_message_bytes}."
             )
-        service = Service(protocol=protocol, handler=handler, max_request_bytes=max_request_bytes)
+        service = Service(
+            protocol=protocol,
+            handler=handler,
+            max_request_bytes=max_request_bytes,
+            for_guests=for_guests,
+        )
         self._services[protocol] = service
         return service
 
@@ -64,8 +93,10 @@ class Dispatcher:
         """What answers `protocol`, if anything does."""
         return self._services.get(protocol)
 
-    def subscribe(self, topic: str, handler: TopicHandler) -> bool:
+    def subscribe(self, topic: str, handler: TopicHandler, check: TopicCheck | None = None) -> bool:
         """True when this is the topic's first handler."""
+        if check is not None:
+            self._checks[topic] = check
         handlers = self._topics.setdefault(topic, [])
         handlers.append(handler)
         return len(handlers) == 1
@@ -73,6 +104,30 @@ class Dispatcher:
     def topics(self) -> tuple[str, ...]:
         """Every topic with a handler."""
         return tuple(self._topics)
+
+    def admits(self, topic: str, bearer: PeerId, payload: bytes) -> bool:
+        """Whether a message may be handled and passed on; may be asked in any thread.
+
+        One that nobody honest would have passed on counts against `bearer`, who did.
+        """
+        verdict = self._verdict(topic, payload)
+        if verdict is TopicVerdict.ACCEPT:
+            return True
+        self.meters.count("gossip_dropped", cause=verdict.value)
+        if verdict is TopicVerdict.REJECT:
+            self._penalise(bearer, Fault.BAD_GOSSIP)
+        return False
+
+    def _verdict(self, topic: str, payload: bytes) -> TopicVerdict:
+        check = self._checks.get(topic)
+        if len(payload) > MAX_TOPIC_MESSAGE_BYTES:
+            return TopicVerdict.REJECT
+        try:
+            return TopicVerdict.ACCEPT if check is None else check(payload)
+        except Exception:
+            # Ours is the fault then, not the forwarder's.
+            _LOG.exception("the check of topic %s failed", topic)
+            return TopicVerdict.IGNORE
 
     def on_peer_lost(self, handler: LostHandler) -> None:
         """`handler` is called for each peer lost from now on."""
@@ -85,6 +140,21 @@ class Dispatcher:
             ShoalError: What the handler raised on purpose, or a stand-in that shows nothing
                 of an accident inside it.
         """
+        try:
+            reply = await self._answer(service, peer, payload)
+        except ShoalError as error:
+            self.meters.count(
+                "requests_served", protocol=service.protocol, outcome=type(error).default_code
+            )
+            if isinstance(error, PeerFault):
+                self._penalise(peer, Fault.BAD_RECORD)
+            raise
+        self.meters.count("requests_served", protocol=service.protocol, outcome="ok")
+        return reply
+
+    async def _answer(self, service: Service, peer: PeerId, payload: bytes) -> bytes:
+        if not self._pace.take(peer):
+            raise too_often(self._limits.requests_per_s_per_peer)
         if self._num_in_flight >= self._limits.max_requests_in_flight:
             raise overloaded(self._num_in_flight)
         self._num_in_flight += 1
@@ -110,6 +180,7 @@ class Dispatcher:
 
     def deliver(self, topic: str, peer: PeerId, payload: bytes) -> None:
         """Every handler of `topic` is started on the message; over the cap it is dropped."""
+        self.meters.count("gossip_in", topic=topic)
         for handler in self._topics.get(topic, ()):
             if len(self._tasks) >= _MAX_TOPIC_TASKS:
                 _LOG.warning("dropped a message on %s: handlers are behind", topic)

@@ -110,6 +110,31 @@ def overloaded(num_in_flight: int) -> Unavailable:
     )
 
 
+def banned(peer: PeerId) -> Unavailable:
+    """What a caller hears when it dials a peer that this node keeps out."""
+    return Unavailable(
+        f"Peer {peer} is banned here for what it sent; dial another node.",
+        code="banned",
+        retry_after_s=60,
+    )
+
+
+def too_often(rate: float) -> Unavailable:
+    """What a caller hears when it asks more often than one peer may."""
+    return Unavailable(
+        f"The peer takes {rate:g} requests per second from one node; try again in a second.",
+        code="overloaded",
+    )
+
+
+def not_reachable(peer: PeerId, why: str) -> Unavailable:
+    """What a caller hears when no relay leads to a peer."""
+    return Unavailable(
+        f"Peer {peer} cannot be reached through a relay: {why}; use another holder.",
+        code="not_reachable",
+    )
+
+
 def not_connected(peer: PeerId) -> Unavailable:
     """What a caller hears when there is no connection to write to."""
     return Unavailable(

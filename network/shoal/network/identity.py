@@ -5,24 +5,33 @@ The peer id is libp2p's name for the key, computed here without importing libp2p
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Final
 
 import base58
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
 )
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from shoal.protocol.errors import InvalidRequest
+from shoal.protocol.errors import InvalidRequest, Unauthorised
 from shoal.protocol.ids import PeerId
 
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 _MAX_KEY_FILE_BYTES: Final = 4096
+_SEED_BYTES: Final = 32
+_SALT_BYTES: Final = 16
+_NONCE_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_SCRYPT_COST = 2**17
+"""Source: OWASP Password Storage Cheat Sheet, scrypt: N = 2^17, r = 8, p = 1."""
 
 # Identity multihash (code 0x00, length 36) of the protobuf PublicKey message
 # {Type: Ed25519 (field 1 = 1), Data: 32 bytes (field 2)}.
@@ -48,6 +57,7 @@ def peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii"))
 
 
+@functools.lru_cache(maxsize=4096)
 def public_key_of(peer_id: PeerId) -> bytes:
     """The 32-byte Ed25519 public key inside a peer id.
 
@@ -142,6 +152,65 @@ class NodeIdentity:
             raise fault
         return cls(key.private_bytes_raw())
 
+    @classmethod
+    def from_sealed(cls, sealed: bytes, passphrase: str) -> NodeIdentity:
+        """The identity that `sealed` made with the same passphrase.
+
+        Raises:
+            Unauthorised: The passphrase does not open it, or it was changed.
+            InvalidRequest: It has not the length of a sealed key.
+        """
+        if len(sealed) != _SALT_BYTES + _NONCE_BYTES + _SEED_BYTES + _TAG_BYTES:
+            raise InvalidRequest(
+                f"A sealed node key does not have {len(sealed)} bytes; name another backup.",
+                code="no_backup",
+            )
+        salt, rest = sealed[:_SALT_BYTES], sealed[_SALT_BYTES:]
+        try:
+            seed = AESGCM(_stretch(passphrase, salt)).decrypt(
+                rest[:_NONCE_BYTES], rest[_NONCE_BYTES:], None
+            )
+        except InvalidTag:
+            raise Unauthorised(
+                "The passphrase does not open the node key in the backup.", code="bad_passphrase"
+            ) from None
+        return cls(seed)
+
+    def sealed(self, passphrase: str) -> bytes:
+        """The key encrypted for a backup: salt, nonce, then AES-256-GCM under scrypt.
+
+        The usual encrypted PEM stretches a passphrase by 2,048 rounds of PBKDF2 only, which
+        would make it the weakest way to a passphrase that opens the account too.
+
+        Raises:
+            InvalidRequest: The passphrase is empty.
+        """
+        if not passphrase:
+            raise InvalidRequest(
+                "A backup of the node key needs a passphrase; choose one.", code="no_passphrase"
+            )
+        salt, nonce = os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
+        return (
+            salt
+            + nonce
+            + AESGCM(_stretch(passphrase, salt)).encrypt(nonce, self.secret_seed(), None)
+        )
+
+    def keep(self, path: Path) -> None:
+        """`path` holds this identity, mode 0600.
+
+        Raises:
+            InvalidRequest: Another key is there already (code ``other_key``).
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_private(path, self._pem())
+        except FileExistsError:
+            if self._load(path).peer_id != self.peer_id:
+                raise InvalidRequest(
+                    f"{path} holds another node's key; move it away first.", code="other_key"
+                ) from None
+
     def sign(self, message: bytes) -> bytes:
         """The 64-byte Ed25519 signature of `message` under this node's key."""
         return self._key.sign(message)
@@ -156,6 +225,11 @@ class NodeIdentity:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
+
+
+def _stretch(passphrase: str, salt: bytes) -> bytes:
+    """The AES-256 key of a passphrase.  Source: RFC 7914 (scrypt)."""
+    return Scrypt(salt=salt, length=32, n=_SCRYPT_COST, r=8, p=1).derive(passphrase.encode())
 
 
 def _write_private(path: Path, content: bytes) -> None:

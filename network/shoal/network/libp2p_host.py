@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import logging
 import socket
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import libp2p.network.swarm as swarm_module
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetStream
+from libp2p.abc import IHost, IMultiselectCommunicator
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.custom_types import TProtocol
+from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
-from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
+from libp2p.protocol_muxer.multiselect import DEFAULT_NEGOTIATE_TIMEOUT, Multiselect
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from shoal.network.identity import NodeIdentity
+from shoal.network.libp2p_websocket import WebSocketTransport
+from shoal.network.libp2p_yamux import mend_yamux
 from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits
 from shoal.protocol.errors import InvalidRequest
 
@@ -40,6 +45,7 @@ _HANDSHAKE_TIMEOUT_S: Final = 10.0
 _GOSSIP_PROTOCOL: Final = TProtocol("/meshsub/1.1.0")
 _GOSSIP_MESSAGES_PER_S: Final = 50.0
 _MAX_ADDRESS_CHARS: Final = 512
+_MAX_PROTOCOLS_NAMED: Final = 16
 
 # Warnings of the library tell of ordinary churn (a stranger hung up) and flood stderr.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
@@ -47,6 +53,7 @@ logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 # The dialler waits this long for its first attempt to *fail* before it looks whether it
 # succeeded, so the library's 250 ms are added to every dial.
 swarm_module._HAPPY_EYEBALLS_DELAY = 0.01
+mend_yamux()
 
 
 class _NeverDials(AutoConnector):
@@ -62,22 +69,26 @@ class _NeverDials(AutoConnector):
         """Nothing runs."""
 
 
-def build_host(identity: NodeIdentity, listen: Multiaddr | None, limits: Limits) -> IHost:
-    """A TCP host that speaks Noise and Yamux only.
+def build_host(
+    identity: NodeIdentity, limits: Limits, *, announce: Sequence[Multiaddr] = ()
+) -> IHost:
+    """A host over TCP and WebSocket that speaks Noise and Yamux only.
 
     The library's own default also offers TLS, secio and *plaintext*, so the security
-    options are always named here.
+    options are always named here. `announce` is given out in place of the bound addresses.
     """
     keys = create_new_key_pair(identity.secret_seed())
     noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
     host = new_host(
         key_pair=keys,
-        listen_addrs=[listen] if listen else None,
+        transports=[TCP(), WebSocketTransport(_HANDSHAKE_TIMEOUT_S)],
+        announce_addrs=list(announce) or None,
         sec_opt={NOISE_ID: noise},
         muxer_opt={TProtocol(YAMUX_ID): Yamux},
         disable_identify_address_discovery=True,
         connection_config=ConnectionConfig(
             max_connections=limits.max_connections,
+            max_connections_per_peer=limits.max_connections_per_peer,
             min_connections=0,
             low_watermark=0,
             high_watermark=limits.max_connections,
@@ -92,7 +103,9 @@ def build_host(identity: NodeIdentity, listen: Multiaddr | None, limits: Limits)
     # The default manager refuses peers by process memory, by rate and by a circuit breaker,
     # none of which says so to anyone; Shoal's own caps are in `Limits`.
     swarm.set_resource_manager(None)
-    _release_slots_of_closed_connections(swarm)
+    if not isinstance(host, BasicHost):
+        raise TypeError(f"expected a BasicHost, found {type(host).__name__}")
+    host.multiselect = _ShortNegotiation(dict(host.multiselect.handlers))
     return host
 
 
@@ -102,28 +115,6 @@ def swarm_of(host: IHost) -> Swarm:
     if not isinstance(network, Swarm):
         raise TypeError(f"expected a Swarm, found {type(network).__name__}")
     return network
-
-
-def cap_streams(host: IHost, limits: Limits) -> None:
-    """A peer that already holds `max_streams_per_peer` streams has further ones reset."""
-    swarm = swarm_of(host)
-    accept = swarm.common_stream_handler
-    held: dict[ID, int] = {}
-
-    async def guarded(stream: INetStream) -> None:
-        peer = stream.muxed_conn.peer_id
-        if held.get(peer, 0) >= limits.max_streams_per_peer:
-            await stream.reset()
-            return
-        held[peer] = held.get(peer, 0) + 1
-        try:
-            await accept(stream)
-        finally:
-            held[peer] -= 1
-            if not held[peer]:
-                del held[peer]
-
-    swarm.set_stream_handler(guarded)
 
 
 def build_gossip(host: IHost) -> tuple[Pubsub, GossipSub]:
@@ -143,27 +134,63 @@ def build_gossip(host: IHost) -> tuple[Pubsub, GossipSub]:
         router,
         strict_signing=True,
         cache_size=1024,
+        # Otherwise a bad message sent again and again would count once for five minutes.
+        validation_cache_ttl=0,
         max_inbound_rpc_size=4 * MAX_TOPIC_MESSAGE_BYTES,
         max_subscriptions_per_peer=64,
     )
     return pubsub, router
 
 
-def parse_listen(address: str) -> Multiaddr:
-    """The listen address, once it is known to be a TCP address on an IP.
+def parse_listen(addresses: Sequence[str]) -> list[Multiaddr]:
+    """The listen addresses, once each is known to be TCP or WebSocket on an IP of its own port.
 
     Raises:
-        InvalidRequest: It is not, or its port is taken.
+        InvalidRequest: One is not, names a port twice, or its port is taken.
     """
-    parsed = _parse(address)
-    names = [protocol.name for protocol in parsed.protocols()]
-    if len(names) != 2 or names[0] not in {"ip4", "ip6"} or names[1] != "tcp":
-        raise InvalidRequest(
-            f"The listen address {address!r} is not of the form /ip4/127.0.0.1/tcp/4001; "
-            "name an IP address and a TCP port."
-        )
-    _probe_port(parsed, names[0], address)
-    return parsed
+    found: list[Multiaddr] = []
+    ports: set[tuple[str, str]] = set()
+    for address in addresses:
+        parsed = _parse(address)
+        names = [protocol.name for protocol in parsed.protocols()]
+        if names[2:] in (["tls", "ws"], ["wss"]):
+            raise InvalidRequest(
+                f"A node cannot listen on {address!r}: it holds no TLS certificate; listen on "
+                "/ws behind a TLS proxy and announce the proxy's address.",
+                code="no_certificate",
+            )
+        if names[:1] not in (["ip4"], ["ip6"]) or names[1:] not in (["tcp"], ["tcp", "ws"]):
+            raise InvalidRequest(
+                f"The listen address {address!r} is not of the form /ip4/127.0.0.1/tcp/4001 or "
+                "/ip4/127.0.0.1/tcp/4002/ws; name an IP address and a TCP port."
+            )
+        port = str(parsed.value_for_protocol("tcp"))
+        place = (str(parsed.value_for_protocol(names[0])), port)
+        if port != "0" and place in ports:
+            raise InvalidRequest(
+                f"The listen address {address!r} names port {port} a second time; give TCP and "
+                "WebSocket a port each."
+            )
+        ports.add(place)
+        _probe_port(parsed, names[0], address)
+        found.append(parsed)
+    return found
+
+
+def parse_announce(addresses: Sequence[str]) -> list[Multiaddr]:
+    """The addresses to give out, once each is known to be dialable by others.
+
+    Raises:
+        InvalidRequest: One is malformed or names no TCP port.
+    """
+    found = [_parse(address) for address in addresses]
+    for address, parsed in zip(addresses, found, strict=True):
+        if not any(protocol.name == "tcp" for protocol in parsed.protocols()):
+            raise InvalidRequest(
+                f"The announced address {address!r} names no TCP port; write it like "
+                "/dns4/orchestrator.example.org/tcp/443/tls/ws."
+            )
+    return found
 
 
 def parse_peer(address: str) -> PeerInfo:
@@ -215,23 +242,30 @@ def _probe_port(parsed: Multiaddr, family: str, address: str) -> None:
             ) from error
 
 
-def _release_slots_of_closed_connections(swarm: Swarm) -> None:
-    """An inbound connection holds its slot for its own life, not for the swarm's.
+class _ShortNegotiation(Multiselect):
+    """Protocol negotiation that ends a stream on which nothing we serve is asked for.
 
-    The library's handler waits for the swarm to end, so a node would refuse every
-    newcomer after `max_connections` connections in total.
+    The library answers "not available" for as long as a stranger goes on naming protocols.
     """
 
-    async def serve_connection(raw: Any, address: Multiaddr, _event: object) -> None:
-        try:
-            muxed = await swarm.upgrade_inbound_raw_conn(RawConnection(raw, False), address)
-        except Exception as error:
-            logging.getLogger(__name__).debug("refused a connection: %s", error)
-            with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
-                await raw.close()
-            return
-        closed = getattr(muxed, "event_closed", None)
-        if isinstance(closed, trio.Event):
-            await closed.wait()
+    async def negotiate(
+        self,
+        communicator: IMultiselectCommunicator,
+        negotiate_timeout: int = DEFAULT_NEGOTIATE_TIMEOUT,
+    ) -> tuple[TProtocol | None, StreamHandlerFn | None]:
+        return await super().negotiate(_Counted(communicator), negotiate_timeout)
 
-    setattr(swarm, "_do_handle_inbound_connection", serve_connection)  # noqa: B010
+
+class _Counted(IMultiselectCommunicator):
+    def __init__(self, inner: IMultiselectCommunicator) -> None:
+        self._inner = inner
+        self._reads_left = _MAX_PROTOCOLS_NAMED + 1
+
+    async def write(self, msg_str: str) -> None:
+        await self._inner.write(msg_str)
+
+    async def read(self) -> str:
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            raise MultiselectCommunicatorError("too many protocols were named")
+        return await self._inner.read()

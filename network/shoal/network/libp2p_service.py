@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import trio
 from libp2p.abc import INetStream
+from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError, MultiError
 from libp2p.peer.id import ID
@@ -18,11 +20,15 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
+from shoal.network.bans import Bans, Fault
 from shoal.network.dispatch import Dispatcher, Service
+from shoal.network.framing import banned
 from shoal.network.identity import NodeIdentity
-from shoal.network.libp2p_host import build_gossip, build_host, cap_streams, swarm_of
+from shoal.network.libp2p_admission import Admission, StreamGate
+from shoal.network.libp2p_extension import Extension, Running
+from shoal.network.libp2p_host import build_gossip, build_host, swarm_of
 from shoal.network.libp2p_streams import RequestStreams, serve_stream
-from shoal.network.liveness import PING_PROTOCOL, ConnectionWatch
+from shoal.network.liveness import PING_PROTOCOL, ConnectionWatch, Loss
 from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits
 from shoal.network.trio_thread import TrioThread
 from shoal.protocol.errors import Clock, Expired, InvalidRequest, Unavailable
@@ -32,34 +38,53 @@ _PING_BYTES: Final = 32
 _ANNOUNCE_AFTER_S: Final = (0.3, 1.0, 5.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a node listens, and what it gives out in place of those addresses, if anything."""
+
+    listen: Sequence[Multiaddr] = ()
+    announce: Sequence[Multiaddr] = ()
+
+
 class Libp2pService:
     """A running host with its request streams, gossip and liveness watch.
 
     Args:
         identity: The node's key.
-        listen: Where to listen, if anywhere.
+        place: Where to listen, if anywhere, and what to announce.
         limits: What peers may take from this node.
-        dispatch: Who answers requests, in the asyncio loop.
+        dispatch: Who answers requests, in the asyncio loop, and what is counted.
+        bans: Whom to keep out.
         thread: The door to that loop.
+        extensions: What runs beside the host until the node stops.
     """
 
     def __init__(
         self,
         identity: NodeIdentity,
-        listen: Multiaddr | None,
+        place: Place,
         limits: Limits,
         dispatch: Dispatcher,
+        bans: Bans,
         thread: TrioThread,
+        extensions: Sequence[Extension] = (),
     ) -> None:
         self._limits = limits
         self._dispatch = dispatch
         self._thread = thread
-        self._listen = [listen] if listen is not None else []
-        self._host = build_host(identity, listen, limits)
+        self._extensions = tuple(extensions)
+        self._bans = bans
+        self._meters = dispatch.meters
+        self._listen = list(place.listen)
+        self._host = build_host(identity, limits, announce=place.announce)
         self._swarm = swarm_of(self._host)
+        self._admission = Admission(self._swarm, limits, bans, self._meters)
+        StreamGate(self._swarm, limits, self._meters, self.penalise)
         self._pubsub, self._router = build_gossip(self._host)
-        self._streams = RequestStreams(self._host, limits)
-        self._watch = ConnectionWatch(self._swarm, self._streams, limits, self._lost)
+        self._streams = RequestStreams(self._host, limits, self._meters)
+        self._watch = ConnectionWatch(
+            self._swarm, self._streams, self._admission, limits, self._meters, self._lost
+        )
         self._nursery: trio.Nursery | None = None
 
     async def run(self, started: Callable[[], None]) -> None:
@@ -72,13 +97,12 @@ class Libp2pService:
 
     async def _run(self, started: Callable[[], None]) -> None:
         async with self._host.run(listen_addrs=self._listen):
-            if self._listen and not self._host.get_transport_addrs():
-                raise InvalidRequest(
-                    f"Cannot listen on {self._listen[0]}; stop what holds the port or choose "
-                    "another.",
-                    code="address_unavailable",
-                )
-            cap_streams(self._host, self._limits)
+            for address in self._listen:
+                if str(address) not in self._swarm.listeners:
+                    raise InvalidRequest(
+                        f"Cannot listen on {address}; stop what holds the port or choose another.",
+                        code="address_unavailable",
+                    )
             self._swarm.register_notifee(self._watch)
             async with (
                 background_trio_service(self._pubsub),
@@ -88,6 +112,7 @@ class Libp2pService:
                 await self._pubsub.wait_until_ready()
                 try:
                     self._open_for_business(self._nursery)
+                    await self._start_extensions(self._nursery)
                     started()
                     await self._thread.stopping.wait()
                 finally:
@@ -103,6 +128,15 @@ class Libp2pService:
         # `list` copies the keys without letting another thread run in between.
         return frozenset(PeerId(peer.to_base58()) for peer in list(self._swarm.connections))
 
+    def observed(self, peer: PeerId) -> tuple[str, int] | None:
+        """Where our sockets see `peer`; may be called from any thread."""
+        for connection in self._swarm.get_connections(ID.from_string(peer)):
+            if connection.get_connection_type() is ConnectionType.DIRECT:
+                remote = getattr(connection.muxed_conn, "get_remote_address", lambda: None)()
+                if remote is not None:
+                    return str(remote[0]), int(remote[1])
+        return None
+
     def serve(self, service: Service) -> None:
         """Streams of the service's protocol are answered in the asyncio loop."""
 
@@ -110,13 +144,22 @@ class Libp2pService:
             return await self._thread.call_asyncio(self._dispatch.answer(service, peer, payload))
 
         async def handle(stream: INetStream) -> None:
-            await serve_stream(stream, answer, cap=service.max_request_bytes, limits=self._limits)
+            await serve_stream(
+                stream,
+                answer,
+                cap=service.max_request_bytes,
+                limits=self._limits,
+                meters=self._meters,
+                penalise=self.penalise,
+            )
 
         self._host.set_stream_handler(TProtocol(service.protocol), handle)
 
     def subscribe(self, topic: str) -> None:
         """Messages on `topic` are carried to the asyncio loop."""
         if self._nursery is not None:
+            # Asked before a message is passed on, so that a bad one ends here.
+            self._pubsub.set_topic_validator(topic, partial(self._admits, topic), False)
             self._nursery.start_soon(self._follow, topic)
             self._nursery.start_soon(self._announce_again)
 
@@ -125,6 +168,8 @@ class Libp2pService:
         peer_id = peer.peer_id
         if self._swarm.get_connections(peer_id):
             return
+        if self._bans.is_banned(PeerId(peer_id.to_base58())):
+            raise banned(PeerId(peer_id.to_base58()))
         # One failed dial keeps the library from dialling that peer again for a minute.
         self._swarm.unblock_peer(peer_id)
         # Addresses heard earlier would be preferred to the one just asked for.
@@ -158,19 +203,55 @@ class Libp2pService:
         """No connection to `peer` is open, and nobody is told that it was lost."""
         await self._watch.close(ID.from_base58(peer), cause=None)
 
+    async def ban(self, peer: PeerId, reason: str) -> None:
+        """A peer that `bans` now keeps out is disconnected and reported as lost."""
+        self._meters.count("bans", reason=reason)
+        await self._watch.close(ID.from_base58(peer), cause="it was banned", loss=Loss.BANNED)
+
+    def penalise(self, peer: PeerId, fault: Fault) -> None:
+        """A fault is held against the peer and, more lightly, its addresses; in this thread."""
+        self._meters.count("faults", kind=fault.value)
+        for address in self._admission.addresses_of(ID.from_base58(peer)):
+            if self._bans.penalise(address, fault):
+                self._meters.count("bans", reason=fault.value)
+        if self._bans.penalise(peer, fault) and self._nursery is not None:
+            self._nursery.start_soon(self.ban, peer, fault.value)
+
     def _open_for_business(self, nursery: trio.Nursery) -> None:
         self._host.set_stream_handler(PING_PROTOCOL, self._echo)
         for service in self._dispatch.services():
             self.serve(service)
         for topic in self._dispatch.topics():
             self.subscribe(topic)
-        self._watch.start(nursery)
+        self._watch.start(nursery, self.penalise)
+
+    async def _start_extensions(self, nursery: trio.Nursery) -> None:
+        running = Running(
+            host=self._host,
+            swarm=self._swarm,
+            pubsub=self._pubsub,
+            streams=self._streams,
+            limits=self._limits,
+            thread=self._thread,
+            meters=self._meters,
+            penalise=self.penalise,
+            services=self._dispatch.services,
+        )
+        for extension in self._extensions:
+            await nursery.start(extension.run, running)
 
     async def _echo(self, stream: INetStream) -> None:
         async def answer(_peer: PeerId, payload: bytes) -> bytes:
             return payload
 
-        await serve_stream(stream, answer, cap=_PING_BYTES, limits=self._limits)
+        await serve_stream(
+            stream,
+            answer,
+            cap=_PING_BYTES,
+            limits=self._limits,
+            meters=self._meters,
+            penalise=self.penalise,
+        )
 
     async def _follow(self, topic: str) -> None:
         subscription = await self._pubsub.subscribe(topic)
@@ -182,6 +263,12 @@ class Libp2pService:
             sender = PeerId(ID(message.from_id).to_base58())
             deliver = partial(self._dispatch.deliver, topic, sender, message.data)
             self._thread.post_asyncio(deliver)
+
+    def _admits(self, topic: str, forwarder: ID, message: rpc_pb2.Message) -> bool:
+        if forwarder == self._host.get_id():
+            return True
+        bearer = PeerId(forwarder.to_base58())
+        return self._dispatch.admits(topic, bearer, message.data)
 
     async def _announce_again(self) -> None:
         """Tells every peer our topics once more; hearing it twice changes nothing.

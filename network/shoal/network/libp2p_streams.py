@@ -6,6 +6,7 @@ trips; one stream carries one request at a time.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ from libp2p.host.exceptions import StreamFailure
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 
+from shoal.network.bans import Fault
 from shoal.network.framing import (
     HEADER_BYTES,
     Status,
@@ -30,6 +32,7 @@ from shoal.network.framing import (
     status_of,
     too_large,
 )
+from shoal.network.meters import Meters
 from shoal.network.port import Limits
 from shoal.protocol.errors import Clock, Expired, NotFound, ShoalError, Unavailable
 from shoal.protocol.ids import PeerId
@@ -46,7 +49,12 @@ _CALLER_IDLE_SHARE: Final = 0.5
 _REQUEST: Final = frozenset({Status.REQUEST})
 _REPLY: Final = frozenset({Status.OK, Status.ERROR})
 
+# Reading base 58 is a sixth of what a small request costs.
+_key_of: Final = functools.lru_cache(maxsize=4096)(ID.from_base58)
+
 Answer = Callable[[PeerId, bytes], Awaitable[bytes]]
+Penalise = Callable[[PeerId, Fault], None]
+_FAULTS: Final = {"bad_frame": Fault.BAD_FRAME, "message_too_large": Fault.OVERSIZE}
 _BROKEN: Final = (StreamError, BaseLibp2pError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -115,11 +123,13 @@ class RequestStreams:
     Args:
         host: The running host.
         limits: `max_message_bytes` caps requests and replies.
+        meters: Where requests and their outcomes are counted.
     """
 
-    def __init__(self, host: IHost, limits: Limits) -> None:
+    def __init__(self, host: IHost, limits: Limits, meters: Meters) -> None:
         self._host = host
         self._limits = limits
+        self._meters = meters
         self._idle: defaultdict[ID, defaultdict[str, list[tuple[float, INetStream]]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -132,8 +142,15 @@ class RequestStreams:
             raise too_large(
                 len(payload), self._limits.max_message_bytes, f"to peer {peer} on {protocol}"
             )
-        with trio.move_on_after(timeout_s):
-            return await self._exchange(peer, protocol, payload)
+        try:
+            with trio.move_on_after(timeout_s):
+                body = await self._exchange(peer, protocol, payload)
+                self._meters.count("requests_made", protocol=protocol, outcome="ok")
+                return body
+        except ShoalError as error:
+            self._meters.count("requests_made", protocol=protocol, outcome=_outcome_of(error))
+            raise
+        self._meters.count("requests_made", protocol=protocol, outcome="expired")
         raise Expired(
             f"Peer {peer} did not answer a {protocol} request within {timeout_s:g} s.",
             clock=Clock.REPLY,
@@ -151,7 +168,7 @@ class RequestStreams:
                 self._idle[peer][protocol] = live
 
     async def _exchange(self, peer: PeerId, protocol: str, payload: bytes) -> bytes:
-        peer_key = ID.from_base58(peer)
+        peer_key = _key_of(peer)
         stream = await self._take(peer, peer_key, protocol)
         try:
             await write_frame(stream, Status.REQUEST, payload)
@@ -204,11 +221,25 @@ class RequestStreams:
             trio.lowlevel.spawn_system_task(discard, oldest)
 
 
-async def serve_stream(stream: INetStream, answer: Answer, *, cap: int, limits: Limits) -> None:
+def _outcome_of(error: ShoalError) -> str:
+    # A code is of the peer's choosing; the classes are few.
+    return type(error).default_code
+
+
+async def serve_stream(
+    stream: INetStream,
+    answer: Answer,
+    *,
+    cap: int,
+    limits: Limits,
+    meters: Meters,
+    penalise: Penalise,
+) -> None:
     """Every request on `stream` was answered, until the peer closed it or broke the rules.
 
     A request over `cap` but within the node's message limit is read past and refused, so
-    that its sender, still writing, gets to read why; a larger one ends the stream at once.
+    that its sender, still writing, gets to read why; a larger one ends the stream at once and
+    counts against the peer.
     """
     peer = PeerId(stream.muxed_conn.peer_id.to_base58())
     try:
@@ -235,10 +266,14 @@ async def serve_stream(stream: INetStream, answer: Answer, *, cap: int, limits: 
     except ShoalError as error:
         # The rest of the stream cannot be understood any more: say why, then reset it.
         _LOG.debug("stream from %s ended: %s", peer, error)
+        meters.count("streams_ended", cause=type(error).default_code)
+        if error.code in _FAULTS:
+            penalise(peer, _FAULTS[error.code])
         with trio.move_on_after(_CLOSE_TIMEOUT_S):
             await _tell(stream, error)
     except trio.TooSlowError:
         _LOG.debug("stream from %s stalled inside a message", peer)
+        meters.count("streams_ended", cause="stalled")
     finally:
         await discard(stream)
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from shoal.network.bans import Bans, Fault
 from shoal.network.dispatch import Dispatcher
-from shoal.network.framing import decode_error, encode_error, not_connected, too_large
+from shoal.network.framing import (
+    banned,
+    decode_error,
+    encode_error,
+    not_connected,
+    not_reachable,
+    too_large,
+)
 from shoal.network.identity import NodeIdentity, public_key_of
+from shoal.network.meters import Meters
 from shoal.network.port import (
     DEFAULT_MAX_REQUEST_BYTES,
     MAX_TOPIC_MESSAGE_BYTES,
     Handler,
     Limits,
     LostHandler,
+    Reach,
+    TopicCheck,
     TopicHandler,
 )
 from shoal.protocol.errors import (
@@ -36,6 +48,8 @@ class MemoryHub:
 
     def __init__(self) -> None:
         self.nodes: dict[PeerId, MemoryNetwork] = {}
+        self.observed: dict[PeerId, tuple[str, int]] = {}
+        """At which IP address and port a node is seen; absent where none is."""
 
     def listener(self, peer: PeerId) -> MemoryNetwork | None:
         """The node of that name, if it runs and listens."""
@@ -65,8 +79,10 @@ class MemoryNetwork:
         self._identity = identity
         self._listens = listens
         self._limits = limits or Limits()
-        self._dispatch = Dispatcher(self._limits)
+        self._bans = Bans(time.monotonic)
+        self._dispatch = Dispatcher(self._limits, Meters(), self.penalise)
         self._peers: set[PeerId] = set()
+        self._guests: set[PeerId] = set()
         self._broken: dict[PeerId, asyncio.Event] = {}
         self._running = False
 
@@ -104,14 +120,21 @@ class MemoryNetwork:
         await self._dispatch.stop()
 
     def serve(
-        self, protocol: str, handler: Handler, *, max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+        for_guests: bool = False,
     ) -> None:
         """Requests for `protocol` now reach `handler`."""
-        self._dispatch.serve(protocol, handler, max_request_bytes)
+        self._dispatch.serve(protocol, handler, max_request_bytes, for_guests=for_guests)
 
-    def subscribe(self, topic: str, handler: TopicHandler) -> None:
-        """Messages on `topic` from other nodes now reach `handler`."""
-        self._dispatch.subscribe(topic, handler)
+    def subscribe(
+        self, topic: str, handler: TopicHandler, *, check: TopicCheck | None = None
+    ) -> None:
+        """Messages on `topic` from other nodes that pass `check` now reach `handler`."""
+        self._dispatch.subscribe(topic, handler, check)
 
     def on_peer_lost(self, handler: LostHandler) -> None:
         """`handler(peer, cause)` runs once for each peer lost."""
@@ -134,8 +157,10 @@ class MemoryNetwork:
             raise Expired(
                 f"No connection to {address} within {timeout_s:g} s.", clock=Clock.CONNECT
             )
+        if self._bans.is_banned(peer):
+            raise banned(peer)
         other = self._hub.listener(peer)
-        if other is None or not (self._has_room() and other._has_room()):
+        if other is None or not self._may_meet(other):
             raise Unavailable(
                 f"Nobody answers as peer {peer} at {address}; check the address and that the "
                 "node is running.",
@@ -145,10 +170,48 @@ class MemoryNetwork:
         other._meet(self.peer_id)
         return peer
 
+    async def reach(self, peer: PeerId, *, via: PeerId | None = None, timeout_s: float) -> Reach:
+        """A connection to `peer` is open, passed on by a node that both are connected to."""
+        public_key_of(peer)
+        self._must_run()
+        if peer in self._peers:
+            return Reach.RELAYED if peer in self._guests else Reach.DIRECT
+        if timeout_s <= 0:
+            raise Expired(
+                f"Peer {peer} was not reached through a relay within {timeout_s:g} s.",
+                clock=Clock.CONNECT,
+                peer_id=peer,
+            )
+        if self._bans.is_banned(peer):
+            raise banned(peer)
+        relays = self._peers if via is None else self._peers & {via}
+        if not relays:
+            raise not_reachable(peer, "this node is connected to no relay")
+        other = self._hub.nodes.get(peer)
+        if other is None or not relays & other._peers or not self._may_meet(other):
+            raise not_reachable(peer, "no relay has a way to it")
+        self._meet(peer)
+        other._meet(self.peer_id)
+        self._guests.add(peer)
+        other._guests.add(self.peer_id)
+        return Reach.RELAYED
+
     async def request(
         self, peer: PeerId, protocol: str, payload: bytes, *, timeout_s: float
     ) -> bytes:
         """The peer's answer, in either direction of a connection."""
+        try:
+            body = await self._request(peer, protocol, payload, timeout_s)
+        except ShoalError as error:
+            outcome = type(error).default_code
+            self.meters.count("requests_made", protocol=protocol, outcome=outcome)
+            raise
+        self.meters.count("requests_made", protocol=protocol, outcome="ok")
+        return body
+
+    async def _request(
+        self, peer: PeerId, protocol: str, payload: bytes, timeout_s: float
+    ) -> bytes:
         public_key_of(peer)
         self._must_run()
         if len(payload) > self._limits.max_message_bytes:
@@ -175,17 +238,45 @@ class MemoryNetwork:
         if len(payload) > MAX_TOPIC_MESSAGE_BYTES:
             raise too_large(len(payload), MAX_TOPIC_MESSAGE_BYTES, f"for topic {topic}")
         self._must_run()
-        seen, frontier = {self.peer_id}, list(self._peers)
+        seen = {self.peer_id}
+        frontier = [(peer, self.peer_id) for peer in self._peers]
         while frontier:
-            peer = frontier.pop()
+            peer, bearer = frontier.pop()
             node = self._hub.nodes.get(peer)
             if peer in seen or node is None:
                 continue
             seen.add(peer)
-            node._dispatch.deliver(topic, self.peer_id, payload)
-            # Gossip is forwarded only by nodes that follow the topic themselves.
-            if topic in node._dispatch.topics():
-                frontier.extend(node._peers)
+            # Gossip is forwarded only by nodes that follow the topic themselves and accept it.
+            if topic not in node._dispatch.topics():
+                continue
+            if node._dispatch.admits(topic, bearer, payload):
+                node._dispatch.deliver(topic, self.peer_id, payload)
+                frontier.extend((other, peer) for other in node._peers)
+
+    @property
+    def meters(self) -> Meters:
+        """What this node has counted since it was made."""
+        return self._dispatch.meters
+
+    def penalise(self, peer: PeerId, fault: Fault) -> None:
+        """A fault is held against `peer`; enough of them at once ban it."""
+        self.meters.count("faults", kind=fault.value)
+        if self._bans.penalise(peer, fault):
+            self._keep_out(peer, fault.value)
+
+    async def ban(self, peer: PeerId, reason: str, *, for_s: float) -> None:
+        """`peer` is disconnected and kept out for `for_s` seconds, a day at most."""
+        public_key_of(peer)
+        self._must_run()
+        self._bans.ban(peer, reason, for_s)
+        self._keep_out(peer, reason)
+
+    def _keep_out(self, peer: PeerId, reason: str) -> None:
+        self.meters.count("bans", reason=reason)
+        if peer in self._peers:
+            self._part(peer)
+            self.meters.count("peers_lost", cause="banned")
+            self._dispatch.peer_lost(peer, "it was banned")
 
     async def disconnect(self, peer: PeerId) -> None:
         """No connection to `peer` is open."""
@@ -198,6 +289,10 @@ class MemoryNetwork:
         """The peers connected now."""
         return frozenset(self._peers)
 
+    def observed(self, peer: PeerId) -> tuple[str, int] | None:
+        """Where the hub says `peer` is seen, while it is connected."""
+        return self._hub.observed.get(peer) if peer in self._peers else None
+
     def _must_run(self) -> None:
         if not self._running:
             raise Unavailable(
@@ -207,8 +302,12 @@ class MemoryNetwork:
     def _has_room(self) -> bool:
         return len(self._peers) < self._limits.max_connections
 
+    def _may_meet(self, other: MemoryNetwork) -> bool:
+        return not other._bans.is_banned(self.peer_id) and self._has_room() and other._has_room()
+
     def _meet(self, peer: PeerId) -> None:
         self._peers.add(peer)
+        self.meters.gauge("connections_open", len(self._peers))
         self._broken.setdefault(peer, asyncio.Event())
 
     def _part(self, peer: PeerId) -> None:
@@ -222,12 +321,14 @@ class MemoryNetwork:
 
     def _forget(self, peer: PeerId) -> None:
         self._peers.discard(peer)
+        self.meters.gauge("connections_open", len(self._peers))
+        self._guests.discard(peer)
         self._broken.pop(peer, asyncio.Event()).set()
 
     async def _answer(self, caller: PeerId, protocol: str, payload: bytes) -> bytes:
         """The reply as the caller would read it: errors go through their wire form."""
         service = self._dispatch.service(protocol)
-        if service is None:
+        if service is None or (caller in self._guests and not service.for_guests):
             raise NotFound(
                 f"Peer {self.peer_id} does not serve {protocol}; it may run another version.",
                 code="unknown_protocol",

@@ -13,10 +13,13 @@ _FAMILIES: Final = {
     "dns4": socket.AF_INET,
     "dns6": socket.AF_INET6,
 }
+_WEBSOCKETS: Final = frozenset({"ws", "wss"})
 
 
 async def resolve(address: str, *, timeout_s: float) -> str:
     """The address with its host name replaced by that name's first IP, if it has a name.
+
+    A WebSocket's name stays: a proxy picks its server, and its certificate, by it.
 
     Raises:
         Unavailable: The name does not resolve.
@@ -27,7 +30,7 @@ async def resolve(address: str, *, timeout_s: float) -> str:
     """
     parts = address.split("/")
     family = _FAMILIES.get(parts[1]) if len(parts) > 2 and not parts[0] else None
-    if family is None:
+    if family is None or not _WEBSOCKETS.isdisjoint(parts[3:]):
         return address
     loop = asyncio.get_running_loop()
     try:

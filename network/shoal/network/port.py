@@ -8,13 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final, Protocol
 
+from shoal.network.bans import Fault
+from shoal.network.meters import Meters
 from shoal.protocol.ids import PeerId
 
 Handler = Callable[[PeerId, bytes], Awaitable[bytes]]
 TopicHandler = Callable[[PeerId, bytes], Awaitable[None]]
 LostHandler = Callable[[PeerId, str], None]
+
+
+class TopicVerdict(StrEnum):
+    """What a topic's check says of one message.
+
+    ``ACCEPT`` passes it on.  ``IGNORE`` drops what no honest forwarder could have known to be
+    useless, such as a message that is late.  ``REJECT`` drops what nobody honest would have
+    passed on, and counts against the peer that did.
+    """
+
+    ACCEPT = "accept"
+    IGNORE = "ignore"
+    REJECT = "reject"
+
+
+class Reach(StrEnum):
+    """How a peer is connected."""
+
+    DIRECT = "direct"
+    RELAYED = "relayed"
+
+
+TopicCheck = Callable[[bytes], TopicVerdict]
 
 DEFAULT_MAX_REQUEST_BYTES: Final = 1 << 20
 MAX_TOPIC_MESSAGE_BYTES: Final = 64 << 10
@@ -26,9 +52,21 @@ class Limits:
 
     Attributes:
         max_connections: Connections open at once, both directions together.
+        max_connections_per_address: Those accepted from one IP address, which many nodes behind
+            one router share; None allows as many as in all.
+        max_connections_per_peer: Connections one peer may have with us.
+        max_handshakes: Connections accepted whose handshake is not finished, in all; one IP
+            address may have half of them.
+        handshakes_per_s_per_address: Connections one IP address may begin per second, once it
+            has used up the `max_handshakes` it may begin at once.
+        max_streams: Streams all peers together may hold open towards us.
         max_streams_per_peer: Streams one peer may hold open towards us; more are refused.
         max_requests_in_flight: Requests from all peers being handled at once; more are
             answered with `Unavailable` without reaching a handler.
+        requests_per_s_per_peer: Requests of one peer that are handled per second, twice as many
+            after a quiet while; more are answered with `Unavailable`.
+        bytes_in_per_s_per_connection: What is read per second of a connection we accepted; its
+            sender waits.
         max_message_bytes: Largest reply accepted, and upper bound for any protocol's request.
         handler_timeout_s: Longest a handler may work on one request.
         idle_stream_s: A stream without a new request for this long is closed by its server.
@@ -37,8 +75,15 @@ class Limits:
     """
 
     max_connections: int = 256
+    max_connections_per_address: int | None = None
+    max_connections_per_peer: int = 4
+    max_handshakes: int = 1024
+    handshakes_per_s_per_address: float = 200.0
+    max_streams: int = 16_384
     max_streams_per_peer: int = 64
     max_requests_in_flight: int = 512
+    requests_per_s_per_peer: float = 1000.0
+    bytes_in_per_s_per_connection: float = float(128 << 20)
     max_message_bytes: int = 8 << 20
     handler_timeout_s: float = 120.0
     idle_stream_s: float = 120.0
@@ -59,6 +104,11 @@ class Network(Protocol):
         """Multiaddrs others may dial, each ending in ``/p2p/<peer_id>``; empty when dial-only."""
         ...
 
+    @property
+    def meters(self) -> Meters:
+        """What this node has counted since it was made."""
+        ...
+
     async def start(self) -> None:
         """The node listens (if it has an address) and may be used.
 
@@ -72,9 +122,18 @@ class Network(Protocol):
         ...
 
     def serve(
-        self, protocol: str, handler: Handler, *, max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+        for_guests: bool = False,
     ) -> None:
-        """Requests for `protocol` now reach `handler`, before or after `start`."""
+        """Requests for `protocol` now reach `handler`, before or after `start`.
+
+        Peers that came about through a relay are guests: to them nothing is served but what is
+        `for_guests`.
+        """
         ...
 
     async def connect(self, address: str, *, timeout_s: float) -> PeerId:
@@ -82,7 +141,19 @@ class Network(Protocol):
 
         Raises:
             InvalidRequest: The address is malformed or lacks ``/p2p/<peer_id>``.
-            Unavailable: Nobody with that peer id answers there.
+            Unavailable: Nobody with that peer id answers there, or we ban it.
+            Expired: The connect clock ran out.
+        """
+        ...
+
+    async def reach(self, peer: PeerId, *, via: PeerId | None = None, timeout_s: float) -> Reach:
+        """A connection to `peer` is open, through a relay where it cannot be dialled.
+
+        `via` names the relay, which must be connected; without, every relay known is tried.
+        Both sides are each other's guests.
+
+        Raises:
+            Unavailable: No relay has a way to the peer (code ``not_reachable``).
             Expired: The connect clock ran out.
         """
         ...
@@ -110,8 +181,14 @@ class Network(Protocol):
         """
         ...
 
-    def subscribe(self, topic: str, handler: TopicHandler) -> None:
-        """Messages on `topic` from other peers now reach `handler` with their signer's id."""
+    def subscribe(
+        self, topic: str, handler: TopicHandler, *, check: TopicCheck | None = None
+    ) -> None:
+        """Messages on `topic` from other peers now reach `handler` with their signer's id.
+
+        Only those that `check` accepts are handled, or passed on to others.  It runs in any
+        thread, must be quick, and replaces an earlier one of the topic.
+        """
         ...
 
     def on_peer_lost(self, handler: LostHandler) -> None:
@@ -122,6 +199,21 @@ class Network(Protocol):
         """No connection to `peer` is open; a peer that was not connected is no error."""
         ...
 
+    async def ban(self, peer: PeerId, reason: str, *, for_s: float) -> None:
+        """`peer` is disconnected and kept out for `for_s` seconds, a day at most.
+
+        `reason` is one of a few fixed words: it labels a counter.
+        """
+        ...
+
+    def penalise(self, peer: PeerId, fault: Fault) -> None:
+        """A fault is held against `peer`; faults fade, and enough of them at once ban it."""
+        ...
+
     def peers(self) -> frozenset[PeerId]:
         """The peers connected now."""
+        ...
+
+    def observed(self, peer: PeerId) -> tuple[str, int] | None:
+        """The IP address and port our socket sees `peer` at; None when not directly connected."""
         ...

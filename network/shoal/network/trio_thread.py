@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import trio
 
@@ -38,7 +39,8 @@ class TrioThread:
         self._nursery: trio.Nursery | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pending: set[concurrent.futures.Future[Any]] = set()
+        # Calls that are not answered yet; touched in the asyncio loop only.
+        self._pending: set[asyncio.Future[Any]] = set()
         self.stopping = trio.Event()
 
     async def start(self) -> None:
@@ -68,9 +70,7 @@ class TrioThread:
         Raises:
             Unavailable: The thread has ended, or ends before the call does.
         """
-        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        # From here on only the trio thread settles it, so no two threads can race to.
-        outcome.set_running_or_notify_cancel()
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._pending.add(outcome)
         outcome.add_done_callback(self._pending.discard)
         scope = trio.CancelScope()
@@ -80,14 +80,14 @@ class TrioThread:
                 with scope:
                     result = await function()
                 if scope.cancelled_caught:
-                    _fail(outcome, _stopped())
+                    self._settle(outcome, _stopped())
                 else:
-                    outcome.set_result(result)
+                    self._settle(outcome, result=result)
             except trio.Cancelled:
-                _fail(outcome, _stopped())
+                self._settle(outcome, _stopped())
                 raise
             except Exception as error:
-                _fail(outcome, error)
+                self._settle(outcome, error)
 
         def begin() -> None:
             try:
@@ -95,12 +95,13 @@ class TrioThread:
                     raise RuntimeError("no nursery")
                 self._nursery.start_soon(run)
             except RuntimeError:
-                _fail(outcome, _stopped())
+                self._settle(outcome, _stopped())
 
         if not self.post(begin):
-            _fail(outcome, _stopped())
+            outcome.cancel()
+            raise _stopped()
         try:
-            return await asyncio.wrap_future(outcome)
+            return await outcome
         except asyncio.CancelledError:
             self.post(scope.cancel)
             raise
@@ -113,23 +114,41 @@ class TrioThread:
         if self._loop is None or self._loop.is_closed():
             coroutine.close()
             raise _stopped()
-        done = trio.Event()
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        future.add_done_callback(lambda _: self.post(done.set))
+        loop, done = self._loop, trio.Event()
+        tasks: list[asyncio.Task[T]] = []
+
+        def ended(task: asyncio.Task[T]) -> None:
+            # Asked for here, since a caller that is cancelled no longer does.
+            if not task.cancelled():
+                task.exception()
+            self.post(done.set)
+
+        def begin() -> None:
+            tasks.append(loop.create_task(coroutine))
+            tasks[0].add_done_callback(ended)
+
+        try:
+            loop.call_soon_threadsafe(begin)
+        except RuntimeError:
+            coroutine.close()
+            raise _stopped() from None
         try:
             await done.wait()
         except trio.Cancelled:
-            future.cancel()
+            # Posted after `begin`, so the task is there by then.
+            self.post_asyncio(lambda: tasks[0].cancel())
             raise
         try:
-            return future.result()
-        except concurrent.futures.CancelledError:
+            return tasks[0].result()
+        except asyncio.CancelledError:
             raise _stopped() from None
 
-    def post_asyncio(self, function: Callable[[], None]) -> None:
+    def post_asyncio(self, function: Callable[[], object]) -> None:
         """`function` will run in the asyncio loop, unless that loop is already closed."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function)
+        if self._loop is not None:
+            # The loop may be closed at any moment by its own thread.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function)
 
     def post(self, function: Callable[[], object]) -> bool:
         """Runs `function` soon in the trio thread; False when the thread has ended."""
@@ -155,15 +174,36 @@ class TrioThread:
 
     def _ended(self, error: BaseException) -> None:
         # A call posted as the run ends is never begun, so its caller is answered here.
-        for outcome in tuple(self._pending):
-            _fail(outcome, _stopped())
+        self.post_asyncio(self._fail_pending)
         if not self._started.done():
             cause = _first_leaf(error)
             self._started.set_exception(cause)
-        elif not isinstance(error, Unavailable):
+        elif self.stopping.is_set():
             # Teardown of a busy swarm may end in "Nursery is closed to new arrivals" inside
             # an exception group; the thread is gone either way, and callers were told.
             _LOG.debug("the network thread ended with %r", error)
+        else:
+            _LOG.error("the network thread ended by itself", exc_info=error)
+
+    def _settle(
+        self, outcome: asyncio.Future[T], error: Exception | None = None, *, result: T | None = None
+    ) -> None:
+        """The asyncio caller gets its result or error; called in the trio thread."""
+
+        def settle() -> None:
+            if outcome.done():
+                return
+            if error is not None:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(cast(T, result))
+
+        self.post_asyncio(settle)
+
+    def _fail_pending(self) -> None:
+        for outcome in tuple(self._pending):
+            if not outcome.done():
+                outcome.set_exception(_stopped())
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -175,11 +215,6 @@ class TrioThread:
     def _mark_started(self) -> None:
         if not self._started.done():
             self._started.set_result(None)
-
-
-def _fail(outcome: concurrent.futures.Future[T], error: Exception) -> None:
-    if not outcome.done():
-        outcome.set_exception(error)
 
 
 def _stopped() -> Unavailable:

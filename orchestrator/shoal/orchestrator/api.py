@@ -18,11 +18,19 @@ from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Event, Journal
 from shoal.orchestrator.market_book import explained_lease, job_book
+from shoal.orchestrator.metrics import METRICS_TYPE
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.views import Views
-from shoal.protocol.errors import InvalidRequest, InvariantBroken, NotFound, PeerFault, ShoalError
+from shoal.protocol.errors import (
+    InvalidRequest,
+    InvariantBroken,
+    NotFound,
+    PeerFault,
+    ShoalError,
+    Unavailable,
+)
 from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.node import PROTOCOL_VERSION
 from shoal.protocol.policy import BaseModelRef
@@ -69,6 +77,7 @@ class Api:
         app.add_exception_handler(Exception, _defect)
         market, job = "/v1/market", "/v1/market/jobs/{job_id}"
         app.get("/health")(self.health)
+        app.get("/metrics")(self.vital_metrics)
         app.get(f"{market}/info")(self.info)
         app.get(f"{market}/workers")(self._views.workers)
         app.get(f"{market}/jobs")(self._views.jobs)
@@ -89,9 +98,20 @@ class Api:
         app.get("/v1/provenance/{job_id}/bundle")(self.bundle)
         return app
 
-    async def health(self) -> dict[str, str]:
-        """Whether the process answers."""
-        return {"status": "ok", "software_version": SOFTWARE_VERSION}
+    async def health(self) -> JSONResponse:
+        """Whether database, chain and network answer; status 503 when one does not."""
+        parts = await self._views.vitals.health()
+        is_well = all(state == "ok" for state in parts.values())
+        answer = {
+            "status": "ok" if is_well else "failing",
+            "software_version": SOFTWARE_VERSION,
+            "parts": parts,
+        }
+        return JSONResponse(answer, status_code=200 if is_well else Unavailable.http_status)
+
+    async def vital_metrics(self) -> Response:
+        """The orchestrator's figures for Prometheus."""
+        return Response(await self._views.vitals.metrics(), media_type=METRICS_TYPE)
 
     async def info(self) -> dict[str, Any]:
         """Who this orchestrator is and where its parts are."""
@@ -104,19 +124,13 @@ class Api:
             "deployment": deployment.to_json(),
             "orchestrator": self._context.account.address,
             "peer_id": self._context.network.peer_id,
-            "p2p_addresses": self._p2p_addresses(),
+            "p2p_addresses": self._roster.p2p_addresses,
             "blob_urls": self._roster.blob_urls,
             "api_url": self._roster.api_url,
             "rpc_urls": [self._context.config.rpc_url],
             "min_stake_micros": self._context.config.min_stake_micros,
             "challenge_window_s": await self._context.chain.escrow.challenge_window_s(),
         }
-
-    def _p2p_addresses(self) -> list[str]:
-        """The node's addresses; a wildcard is replaced by the host the operator made public."""
-        kind = "ip4" if self._context.config.public_host.replace(".", "").isdigit() else "dns4"
-        public = f"/{kind}/{self._context.config.public_host}/"
-        return [a.replace("/ip4/0.0.0.0/", public, 1) for a in self._context.network.addresses]
 
     async def submit(self, request: Request) -> dict[str, Any]:
         """Takes a signed job; the requester then funds its escrow."""

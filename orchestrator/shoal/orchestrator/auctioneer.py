@@ -9,9 +9,11 @@ from collections.abc import Coroutine, Mapping
 
 from shoal.market.clearing import Refusal
 from shoal.market.fairness import FairShares
+from shoal.orchestrator.announcer import Announcer
 from shoal.orchestrator.clearings import Clearings
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.idleness import Nearness
 from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.roster import Roster
@@ -22,10 +24,9 @@ from shoal.orchestrator.store.tables import LotRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
 from shoal.protocol.certificate import Rung
-from shoal.protocol.errors import InvariantBroken, OverBudget, ShoalError, Unavailable
+from shoal.protocol.errors import InvariantBroken, OverBudget, Unavailable
 from shoal.protocol.market import TaskKind
-from shoal.protocol.node import LOTS_TOPIC, IdleReason
-from shoal.protocol.record import Record
+from shoal.protocol.node import IdleDetail, IdleReason
 
 _log = logging.getLogger(__name__)
 
@@ -68,9 +69,11 @@ class Auctioneer:
         self._setbacks = setbacks
         self._sealer = sealer
         self._record = record
+        self.announcer = Announcer(context, lambda: roster.blob_urls)
+        """Tells everybody of lots, certificates and, for the jobs, of policy versions."""
         self._open: list[Workload] = []
         self._shares = FairShares()
-        self._clearings = Clearings(context, sealer, record, self._can_take, self.announce)
+        self._clearings = Clearings(context, sealer, record, self._can_take, self.announcer)
         self._changed = asyncio.Event()
         self._with_room: defaultdict[TaskKind, dict[str, None]] = defaultdict(dict)
         """Nodes that may have room for a kind, in the order in which they came to have it."""
@@ -120,6 +123,14 @@ class Auctioneer:
                 return word
         return IdleReason.NO_WORK
 
+    def idle_detail(self, node: str, reason: IdleReason) -> IdleDetail | None:
+        """The figures behind the reason, for whoever is told it."""
+        market = self._sealer.market
+        bids = () if market is None else market.of_node.get(node, ())
+        standing = [(entry.bid, entry.digest) for entry in bids]
+        nearness = Nearness(self._roster.find(node), standing, self._open, self._record)
+        return nearness.detail(reason, node)
+
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind."""
         return self._dispatcher.in_flight()
@@ -149,14 +160,7 @@ class Auctioneer:
         await self._context.database.run(lambda session: insert_rows(session, row))
         self._open.append(workload)
         self._changed.set()
-        await self.announce(LOTS_TOPIC, workload.lot)
-
-    async def announce(self, topic: str, record: Record) -> None:
-        """Gossips ``record`` to whoever listens; nothing depends on its arrival."""
-        try:
-            await self._context.network.publish(topic, record.encode())
-        except ShoalError as error:
-            _log.warning("not_announced", extra={"topic": topic, "reason": error.message})
+        self.announcer.lot(workload.lot)
 
     def withdraw(self, job_id: str) -> None:
         """Offers nothing of the job any more."""
@@ -268,7 +272,7 @@ class Auctioneer:
 
     def _may_work(self, node: str, lot_id: str) -> bool:
         member = self._roster.find(node)
-        if member is None or not member.connected or member.leaving:
+        if member is None or member.leaving or not self._roster.is_here(member):
             return False
         return self._setbacks.may_work(node, member.account, lot_id)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from shoal.market.certificate import Session, clear_and_certify
 from shoal.market.clearing import Auction, Cleared, Refusal, parcels_of
 from shoal.market.frozen import TermsTable
 from shoal.market.pricing import next_posted_price
 from shoal.market.reserve import raised
+from shoal.orchestrator.announcer import Announcer
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.sealer import SealedMarket, Sealer
@@ -20,8 +21,6 @@ from shoal.protocol.canonical import canonical_bytes
 from shoal.protocol.certificate import ClearingCertificate, ClearingRule, ReserveTerms
 from shoal.protocol.errors import Unavailable
 from shoal.protocol.market import TaskKind
-from shoal.protocol.node import CERTIFICATES_TOPIC
-from shoal.protocol.record import Record
 from shoal.protocol.signing import sign
 
 
@@ -33,7 +32,7 @@ class Clearings:
         sealer: Whose book lots are cleared over.
         record: What receipts and stake say of the bidders.
         can_take: Whether a node may be leased so many units of a workload now, and has room.
-        announce: Gossips a record.
+        announcer: Who tells everybody of a certificate.
     """
 
     def __init__(
@@ -42,13 +41,13 @@ class Clearings:
         sealer: Sealer,
         record: TrackRecord,
         can_take: Callable[[Workload, str, int], bool],
-        announce: Callable[[str, Record], Awaitable[None]],
+        announcer: Announcer,
     ) -> None:
         self._context = context
         self._sealer = sealer
         self._record = record
         self._can_take = can_take
-        self._announce = announce
+        self._announcer = announcer
         self._posted: dict[tuple[str, TaskKind], int] = {}
 
     def forget(self, job_id: str) -> None:
@@ -128,7 +127,7 @@ class Clearings:
         # A task that is only done twice is no new demand.
         if posted_micros is not None and workload.waiting:
             self._posted[workload.lot.job_id, workload.kind] = posted_micros
-        await self._announce(CERTIFICATES_TOPIC, signed)
+        self._announcer.certificate(signed)
         earlier = {} if before is None else before.carried(workload.undelivered)
         return Placement.of(signed, cleared, earlier)
 

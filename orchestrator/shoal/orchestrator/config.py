@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,6 +19,17 @@ from shoal.protocol.record import first_fault
 ENVIRONMENT_PREFIX = "SHOAL_ORCHESTRATOR_"
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
 _MAX_WEIGHT = 1_000_000
+
+Mirror = Annotated[str, Field(pattern=r"^https?://[^\s@?#\\]+$", max_length=300)]
+"""An HTTP(S) base below which ``blobs/<sha256>`` lies."""
+
+ListenAddress = Annotated[str, Field(pattern=r"^/[!-+\x2d-~]+$", max_length=300)]
+"""A multiaddr without a peer id, such as ``/ip4/0.0.0.0/tcp/4001``."""
+
+NodeAddress = Annotated[
+    str, Field(pattern=r"^/[!-~]+/p2p/12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$", max_length=300)
+]
+"""Where another node may be dialled, and who it is."""
 
 
 class OrchestratorConfig(BaseModel):
@@ -35,6 +47,19 @@ class OrchestratorConfig(BaseModel):
 
     A market epoch, for which the book of bids is sealed, lasts at least ``market_epoch_ms``.
 
+    Workers that nobody gave an address find this process through ``bootstrap`` nodes, other
+    orchestrators for example, and with ``mdns`` in the local network.
+
+    ``mirrors`` are HTTP(S) bases that also hold this orchestrator's blobs.  All uploads of blobs
+    together take at most ``upload_mbit`` (0: no limit).  With ``policy_deltas`` workers that hold
+    a policy version fetch only what differs in the next, where that is less.
+
+    It listens for workers at each address of ``p2p_listen``, TCP or WebSocket (``/ws``), and gives
+    out ``p2p_announce`` instead where it stands behind a proxy or a router.
+
+    With ``relay`` workers behind NATs are connected to each other through this process, which
+    carries at most ``relay_mbit`` for all of them together.
+
     ``reference`` holds the operator's benchmarks of data-centre GPUs: what a unit may cost is
     then nine tenths of what it costs there, where that is below the requester's maximum.
 
@@ -49,7 +74,14 @@ class OrchestratorConfig(BaseModel):
     deployment_file: Path
     key_file: Path
     database_url: str = ""
-    p2p_listen: str = "/ip4/127.0.0.1/tcp/0"
+    p2p_listen: tuple[ListenAddress, ...] = Field(
+        default=("/ip4/127.0.0.1/tcp/0",), min_length=1, max_length=8
+    )
+    p2p_announce: tuple[ListenAddress, ...] = Field(default=(), max_length=16)
+    bootstrap: tuple[NodeAddress, ...] = Field(default=(), max_length=16)
+    mdns: bool = False
+    relay: bool = True
+    relay_mbit: float = Field(default=32.0, gt=0, le=100_000)
     max_connections: int = Field(default=1024, ge=1, le=65535)
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8700, ge=0, le=65535)
@@ -57,6 +89,9 @@ class OrchestratorConfig(BaseModel):
     blob_port: int = Field(default=0, ge=0, le=65535)
     public_host: str = "127.0.0.1"
     models_dir: Path | None = None
+    mirrors: tuple[Mirror, ...] = Field(default=(), max_length=8)
+    upload_mbit: float = Field(default=0.0, ge=0, le=1_000_000)
+    policy_deltas: bool = True
     blob_cache_bytes: int = Field(default=20 << 30, ge=1 << 20)
     allow_local_models: bool = False
     min_stake_micros: int = Field(default=1_000_000, ge=0)
@@ -72,6 +107,14 @@ class OrchestratorConfig(BaseModel):
     chain_depth: int = Field(default=12, ge=0, le=10_000)
     job_weights: dict[str, float] = Field(default_factory=dict)
     reference: tuple[Benchmark, ...] = Field(default=(), max_length=1_000)
+
+    @field_validator("bootstrap", "mirrors", "p2p_listen", "p2p_announce", mode="before")
+    @classmethod
+    def _one_text_is_a_list(cls, value: object) -> object:
+        """The environment holds no lists: there, commas stand between the parts."""
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("job_weights")
     @classmethod

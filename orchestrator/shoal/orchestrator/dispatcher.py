@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from sqlalchemy import update
@@ -19,6 +20,7 @@ from shoal.market.lease import LeaseRecord, LeaseState
 from shoal.market.pace import Pace, straggles
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.handin import require_payload, require_receipt
+from shoal.orchestrator.hearing import Hearing
 from shoal.orchestrator.leases import (
     LeaseTable,
     LiveLease,
@@ -86,6 +88,7 @@ class Dispatcher:
         self._settler = settler
         self._setbacks = setbacks
         self._record = record
+        self._hearing = Hearing(context.config.heartbeat_ms)
         self._table = LeaseTable()
         record.backed_micros = self._table.backed_micros
         self.pace = Pace()
@@ -106,6 +109,10 @@ class Dispatcher:
     def num_open(self, node: str) -> int:
         """How many leases the node holds without a result yet."""
         return self._table.num_open(node)
+
+    def states(self) -> Counter[LeaseState]:
+        """How many leases that have not ended are in each state."""
+        return Counter(live.record.state for live in self._table)
 
     def live_leases(self, job_id: str) -> list[LiveLease]:
         """The job's leases that have not ended."""
@@ -259,7 +266,14 @@ class Dispatcher:
         """
         if live.record.state is not LeaseState.OFFERED:
             return
-        record = leases.expire_if_due(live.record, now_ms=self._context.time.now_ms())
+        now_ms = self._context.time.now_ms()
+        member = self._roster.find(live.lease.node)
+        is_here = member is not None and self._roster.is_here(member)
+        if self._hearing.is_deaf(now_ms) and not is_here:
+            record = leases.revoke(live.record, reason=printable(reason)[:500], now_ms=now_ms)
+            await self.end(live, record, failed=False)
+            return
+        record = leases.expire_if_due(live.record, now_ms=now_ms)
         if record is live.record:
             await self._refused(live, reason)
         else:
@@ -288,6 +302,7 @@ class Dispatcher:
         outcome = None if is_judged else self._record.note(live, record)
         self._take_back(live, record, failed=failed)
         self.on_capacity(live.lease.node)
+        self._context.network.meters.count("leases_ended", state=record.state.value)
         _log.info(
             "lease_ended",
             extra={
@@ -432,6 +447,7 @@ class Dispatcher:
         """Notes the node's progress; returns the leases it must drop."""
         member = self._roster.member(peer)
         member.last_seen_ms = self._context.time.now_ms()
+        self._hearing.heard(peer, member.last_seen_ms)
         revoked = []
         for progress in beat.leases:
             live = self._table.find(progress.lease_id)
@@ -461,7 +477,11 @@ class Dispatcher:
     async def reap(self) -> None:
         """Ends every lease whose clock has run out, and notes which ones straggle."""
         now_ms = self._context.time.now_ms()
+        deaf_ms = self._hearing.take_deaf_ms(now_ms)
         for live in self._table:
+            excused = leases.excuse(live.record, silent_ms=deaf_ms, now_ms=now_ms)
+            if excused is not live.record:
+                self._table.change(live, excused)
             record = leases.expire_if_due(live.record, now_ms=now_ms)
             if record is not live.record:
                 await self.end(live, record, failed=True)

@@ -74,12 +74,15 @@ class FrontDesk:
         ).encode()
 
     async def _commit(self, peer: PeerId, data: bytes) -> bytes:
+        self._roster.heard(peer)
         return (await self._sealer.commit(peer, BidCommitment.decode(data))).encode()
 
     async def _cancel(self, peer: PeerId, data: bytes) -> bytes:
+        self._roster.heard(peer)
         return (await self._sealer.cancel(peer, Signed[BidCancel].decode(data))).encode()
 
     async def _result(self, peer: PeerId, data: bytes) -> bytes:
+        self._roster.heard(peer)
         return (await self._dispatcher.submit(peer, ResultMessage.decode(data))).encode()
 
     async def _failure(self, peer: PeerId, data: bytes) -> bytes:
@@ -93,12 +96,14 @@ class FrontDesk:
         for lease_id in beat.acknowledged:
             member.undelivered.pop(LeaseId(lease_id), None)
         jobs = tuple(self._open_jobs())
+        idle = self._auctioneer.idle_reason(peer, bool(jobs))
         return HeartbeatReply(
             revoked=revoked,
             verdicts=tuple(list(member.undelivered.values())[:_MAX_VERDICTS_PER_BEAT]),
             open_jobs=jobs,
             market_epoch=self._sealer.epoch,
-            idle_reason=self._auctioneer.idle_reason(peer, bool(jobs)),
+            idle_reason=idle,
+            idle_detail=self._auctioneer.idle_detail(peer, idle),
         ).encode()
 
     def _lost(self, peer: PeerId, cause: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.batches import Batch, GradientSum
 from shoal.orchestrator.context import Context
+from shoal.orchestrator.deltas import PolicyDeltas
 from shoal.orchestrator.evaluations import Evaluations
 from shoal.orchestrator.health import JobHealth
 from shoal.orchestrator.journal import Journal
@@ -27,7 +28,6 @@ from shoal.orchestrator.sampler import BatchSampler
 from shoal.orchestrator.versions import VersionRecords, Versions
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import InvariantBroken, ShoalError
-from shoal.protocol.node import POLICIES_TOPIC
 from shoal.protocol.policy import PolicyVersion
 from shoal.provenance.statement import (
     StatementKind,
@@ -48,11 +48,13 @@ class JobRun:
         context: Context,
         journal: Journal,
         auctioneer: Auctioneer,
+        deltas: PolicyDeltas,
         learner: Learner,
     ) -> None:
         self._context = context
         self._journal = journal
         self._auctioneer = auctioneer
+        self._deltas = deltas
         self.learner = learner
         self.job_id = learner.job_id
         self._halted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -286,10 +288,11 @@ class JobRun:
             statement = update_statement(facts.model_copy(update={"policy": policy}))
             row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
             await self._records.add(policy, row, metrics)
+        self._deltas.follow(self._current(), policy)
         self._versions.add(policy)
         self._market.active = False
         self._versions.drop_unwanted(version, self.evaluations.pending())
-        await self._auctioneer.announce(POLICIES_TOPIC, policy)
+        self._auctioneer.announcer.policy(policy)
 
     async def _state_environments(self) -> None:
         rows = [

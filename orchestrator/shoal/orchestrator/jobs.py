@@ -14,6 +14,7 @@ from shoal.models.base import describe_base
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.bonds import Bonds
 from shoal.orchestrator.context import Context
+from shoal.orchestrator.deltas import PolicyDeltas
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.journal import Journal
@@ -62,6 +63,7 @@ class Jobs:
         auctioneer: Auctioneer,
         publisher: Publisher,
         bonds: Bonds,
+        deltas: PolicyDeltas,
     ) -> None:
         self._context = context
         self._journal = journal
@@ -70,6 +72,7 @@ class Jobs:
         self._auctioneer = auctioneer
         self._publisher = publisher
         self._bonds = bonds
+        self._deltas = deltas
         settler.on_frozen = self._freeze
         self._running: dict[str, JobRun] = {}
         self._cancelled: set[str] = set()
@@ -172,6 +175,7 @@ class Jobs:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._deltas.close()
 
     async def _guard(self, job_id: str) -> None:
         try:
@@ -184,6 +188,7 @@ class Jobs:
             await self._abort(job_id, _DEFECT)
         finally:
             self._running.pop(job_id, None)
+            self._deltas.forget_job(job_id)
 
     async def _abort(self, job_id: str, reason: str) -> None:
         """The job is over without an orderly end; nothing of it is sold any more."""
@@ -201,7 +206,7 @@ class Jobs:
         base = BaseModelRef.model_validate_json(row.base)
         try:
             learner = await self._context.computed(lambda: self._load(job, base))
-            run = JobRun(self._context, self._journal, self._auctioneer, learner)
+            run = JobRun(self._context, self._journal, self._auctioneer, self._deltas, learner)
             self._running[job_id] = run
             if job_id in self._cancelled:
                 run.halt(JobCancelled("cancelled by its requester"))

@@ -19,25 +19,34 @@ from shoal.contracts.delivery import Policy
 from shoal.contracts.deployment import load_deployment
 from shoal.contracts.gateway import ChainGateway
 from shoal.models.libraries import load_libraries
+from shoal.network.blob_gate import UploadGate
 from shoal.network.blob_server import BlobServer
+from shoal.network.blob_service import BlobService
 from shoal.network.blob_store import BlobStore
 from shoal.network.identity import NodeIdentity
 from shoal.network.libp2p_node import Libp2pNode
+from shoal.network.libp2p_relay import RelayLimits, RelayServer
 from shoal.network.port import Limits
 from shoal.orchestrator.api import Api
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.bonds import Bonds
 from shoal.orchestrator.config import OrchestratorConfig
 from shoal.orchestrator.context import Context
+from shoal.orchestrator.deltas import PolicyDeltas
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.effects import effect_kinds
 from shoal.orchestrator.frontdesk import FrontDesk
+from shoal.orchestrator.holders import HolderDesk
 from shoal.orchestrator.intake import Intake
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.metrics import Vitals
+from shoal.orchestrator.open_files import allow_connections
 from shoal.orchestrator.outbox import Outbox
+from shoal.orchestrator.presence import Presence
+from shoal.orchestrator.probe import ProbeDesk
 from shoal.orchestrator.publisher import Publisher
-from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.roster import Roster, own_binding
 from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
@@ -48,8 +57,7 @@ from shoal.orchestrator.views import Views
 from shoal.protocol.clock import SystemTime
 from shoal.protocol.errors import InvalidRequest, Unavailable
 from shoal.protocol.keystore import load_account
-from shoal.protocol.node import BoundNode, NodeBinding
-from shoal.protocol.signing import Domain, sign
+from shoal.protocol.signing import Domain
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +90,11 @@ class Orchestrator:
         self.auctioneer = Auctioneer(
             context, self.roster, self.dispatcher, self.setbacks, self.sealer, self.record
         )
-        self.publisher = Publisher(context, self.journal, _own_binding(context))
+        self.publisher = Publisher(context, self.journal, own_binding(context))
+        deltas = PolicyDeltas(
+            context.blobs, context.network.meters, enabled=context.config.policy_deltas
+        )
+        self.holder_desk = HolderDesk(context.network, context.time, self.roster, deltas)
         self.jobs = Jobs(
             context,
             self.journal,
@@ -91,6 +103,7 @@ class Orchestrator:
             self.auctioneer,
             self.publisher,
             self.bonds,
+            deltas,
         )
         self.verifier = Verifier(
             context, self.journal, self.settler, self.dispatcher, self.record, self.jobs
@@ -99,7 +112,8 @@ class Orchestrator:
         self.front_desk = FrontDesk(
             self.roster, self.auctioneer, self.sealer, self.dispatcher, self.jobs.open_jobs
         )
-        views = Views(context, self.jobs, self.roster, self.auctioneer)
+        vitals = Vitals(context, self.roster, self.dispatcher)
+        views = Views(context, self.jobs, self.roster, self.auctioneer, vitals)
         self.api = Api(
             context,
             self.intake,
@@ -122,6 +136,7 @@ class Orchestrator:
             for name, work in {
                 "sealer": self.sealer.run(),
                 "auctioneer": self.auctioneer.run(),
+                "announcer": self.auctioneer.announcer.run(),
                 "verifier": self.verifier.run(),
                 "outbox": self.outbox.run(),
                 "funding": self.intake.watch_funding(),
@@ -187,19 +202,6 @@ class Orchestrator:
             )
 
 
-def _own_binding(context: Context) -> BoundNode:
-    binding = NodeBinding(
-        account=context.account.address,
-        node=context.identity.peer_id,
-        node_key="0x" + context.identity.public_key.hex(),
-        valid_from_ms=0,
-    )
-    return BoundNode(
-        binding=sign(binding, context.domain, context.account),
-        node_signature="0x" + context.identity.sign(binding.node_message()).hex(),
-    )
-
-
 @contextlib.asynccontextmanager
 async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
     """Opens what the configuration names; all of it is closed again on the way out.
@@ -216,8 +218,17 @@ async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
         stack.push_async_callback(chain.close)
         database = Database(config.resolved_database_url())
         stack.callback(database.close)
+        allow_connections(config.max_connections)
         limits = Limits(max_connections=config.max_connections)
-        network = Libp2pNode(identity, config.p2p_listen, limits=limits)
+        relay = RelayServer(RelayLimits(bytes_per_s=max(1, int(config.relay_mbit * 125_000))))
+        extensions = [relay] if config.relay else []
+        network = Libp2pNode(
+            identity,
+            config.p2p_listen,
+            announce=config.p2p_announce,
+            limits=limits,
+            extensions=extensions,
+        )
         await network.start()
         stack.push_async_callback(network.stop)
         compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
@@ -262,22 +273,31 @@ async def serve(
         )
         # Before anything is served: what was under way when the last process ended.
         await orchestrator.outbox.open()
+        gate = UploadGate(config.upload_mbit, meters=context.network.meters)
         blob_server = BlobServer(
             context.blobs,
             host=config.blob_host,
             port=config.blob_port,
             authorise=orchestrator.authorise_upload,
+            gate=gate,
         )
         await blob_server.start()
+        # For who cannot reach that port: the same, over the connection it has.
+        BlobService(context.blobs, context.network, gate).start()
         orchestrator.front_desk.serve(context.network)
+        ProbeDesk(context.network, context.time).serve()
+        orchestrator.holder_desk.serve()
+        presence = Presence(context)
         server = _server(orchestrator.api.app())
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:
+            await presence.start()
             on_ready(api_url, context)
             # In the compute thread, before any job's work: the first job need not wait for it.
             context.compute.submit(load_libraries, 1)
             await orchestrator.run(stop)
         finally:
+            await presence.stop()
             server.should_exit = True
             await serving
             await blob_server.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from shoal.network.identity import peer_id_of
 from shoal.network.identity import verify as verify_node_signature
@@ -15,13 +16,22 @@ from shoal.protocol.ids import LeaseId, PeerId
 from shoal.protocol.money import format_dollars
 from shoal.protocol.node import (
     PROTOCOL_VERSION,
+    BoundNode,
     HelloReply,
     HelloRequest,
     JoinRequest,
+    NodeBinding,
 )
 from shoal.protocol.result import Verdict
-from shoal.protocol.signing import Signed
+from shoal.protocol.signing import Signed, sign
 from shoal.protocol.version import SOFTWARE_VERSION
+
+_MAX_ADDRESSES: Final = 16
+_MISSED_BEATS: Final = 2
+_LATE_BEATS: Final = 0.5
+"""How late a heartbeat may be before it counts as missed."""
+_LEAST_PATIENCE_MS: Final = 1_000
+"""A busy machine may be late by this much, however often it is to beat."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +58,20 @@ class Member:
     failures: Counter[str] = field(default_factory=Counter)
 
 
+def own_binding(context: Context) -> BoundNode:
+    """That the orchestrator's node speaks for its account, signed by both."""
+    binding = NodeBinding(
+        account=context.account.address,
+        node=context.identity.peer_id,
+        node_key="0x" + context.identity.public_key.hex(),
+        valid_from_ms=0,
+    )
+    return BoundNode(
+        binding=sign(binding, context.domain, context.account),
+        node_signature="0x" + context.identity.sign(binding.node_message()).hex(),
+    )
+
+
 class Roster:
     """Admits nodes and remembers them while the process lives."""
 
@@ -56,11 +80,20 @@ class Roster:
         self.api_url = api_url
         self._blob_url = blob_url
         self._members: dict[str, Member] = {}
+        self._own_binding = own_binding(context)
 
     @property
     def blob_urls(self) -> tuple[str, ...]:
-        """Where blobs are fetched from and results put."""
-        return (self._blob_url(),)
+        """Where blobs are fetched from; results are put at the first."""
+        return (self._blob_url(), *self._context.config.mirrors)
+
+    @property
+    def p2p_addresses(self) -> tuple[str, ...]:
+        """Where our node is dialled; a wildcard is the host that the operator made public."""
+        kind = "ip4" if self._context.config.public_host.replace(".", "").isdigit() else "dns4"
+        public = f"/{kind}/{self._context.config.public_host}/"
+        addresses = self._context.network.addresses[:_MAX_ADDRESSES]
+        return tuple(address.replace("/ip4/0.0.0.0/", public, 1) for address in addresses)
 
     def hello(self, request: HelloRequest) -> HelloReply:
         """What a worker needs to know before it joins.
@@ -85,7 +118,9 @@ class Roster:
             rpc_urls=(self._context.config.rpc_url,),
             api_url=self.api_url,
             blob_urls=self.blob_urls,
+            p2p_addresses=self.p2p_addresses,
             heartbeat_ms=self._context.config.heartbeat_ms,
+            bound_node=self._own_binding,
         )
 
     async def join(self, peer: PeerId, request: JoinRequest) -> Member:
@@ -188,6 +223,25 @@ class Roster:
     def find(self, peer: str) -> Member | None:
         """The node ``peer`` if it has joined since this process started."""
         return self._members.get(peer)
+
+    def heard(self, peer: PeerId) -> None:
+        """The node has just been heard of; one that never joined is passed over."""
+        member = self._members.get(peer)
+        if member is not None:
+            member.last_seen_ms = self._context.time.now_ms()
+
+    def is_here(self, member: Member) -> bool:
+        """Whether the node is connected and has not missed two heartbeats.
+
+        A process that is stopped, or whose link is dead, keeps its connection for a while: it
+        is awarded nothing meanwhile, and is back with its next sign of life.  What it holds
+        already follows the clocks of its leases.
+        """
+        beat_ms = self._context.config.heartbeat_ms
+        patience_ms = max(round((_MISSED_BEATS + _LATE_BEATS) * beat_ms), _LEAST_PATIENCE_MS)
+        return member.connected and (
+            self._context.time.now_ms() - member.last_seen_ms <= patience_ms
+        )
 
     def members(self) -> list[Member]:
         """Every node that joined since this process started."""

@@ -221,7 +221,7 @@ class Sealer:
         asked = [
             asyncio.create_task(self._show(member, notice))
             for member in self._roster.members()
-            if member.connected and (notice := self._notice(member, seal)) is not None
+            if self._roster.is_here(member) and (notice := self._notice(member, seal)) is not None
         ]
         if asked:
             _, late = await asyncio.wait(asked, timeout=_REVEAL_WINDOW_S)
@@ -249,6 +249,7 @@ class Sealer:
         except ShoalError as error:
             _log.info("no_reveal", extra={"worker": member.node, "reason": error.message})
             return
+        self._roster.heard(member.node)
         for reveal in reveals:
             self._open(member, reveal)
 

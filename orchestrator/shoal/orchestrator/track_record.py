@@ -109,6 +109,10 @@ class TrackRecord:
         """Whether the node is left out of all work for now, for words it broke."""
         return self._cooldown.is_out(node, now_ms=self._context.time.now_ms())
 
+    def out_for_ms(self, node: str) -> int:
+        """For how long the node is still left out; 0 when it is not."""
+        return max(0, self._cooldown.until_ms(node) - self._context.time.now_ms())
+
     def backing_of(self, bid: Bid) -> Backing:
         """What stands behind a bid that is just opened."""
         member = self._roster.find(bid.node)

@@ -179,10 +179,19 @@ class Verifier:
         member.undelivered[LeaseId(live.lease.lease_id)] = sign(
             verdict, self._context.domain, self._context.account
         )
+        self._count(verdict)
         if verdict.accepted:
             await self._accept(record, member, submission, outcome, rows[0].payload_sha256)
         else:
             await self._reject(live, record, member, verdict, blame=outcome.judged)
+
+    def _count(self, verdict: Verdict) -> None:
+        failed = next((check.name.value for check in verdict.checks if not check.passed), "")
+        outcome = "accepted" if verdict.accepted else "rejected"
+        self._context.network.meters.count("verdicts", verdict=outcome, failed_check=failed)
+        if verdict.accepted:
+            # One that is rejected is counted where it ends, with all that fail.
+            self._context.network.meters.count("leases_ended", state=outcome)
 
     async def _checked(
         self, submission: Submission, audit: bool, evidence: ResidualEvidence

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.jobs import Jobs
+from shoal.orchestrator.metrics import Vitals
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.store.tables import EpochRow, EventRow, JobRow, LeaseRow, NodeRow, PolicyRow
 from shoal.protocol.errors import NotFound, ShoalError
@@ -38,12 +39,18 @@ class Views:
     """Read-only answers for requesters, providers and readers."""
 
     def __init__(
-        self, context: Context, jobs: Jobs, roster: Roster, auctioneer: Auctioneer
+        self,
+        context: Context,
+        jobs: Jobs,
+        roster: Roster,
+        auctioneer: Auctioneer,
+        vitals: Vitals,
     ) -> None:
         self._context = context
         self._jobs = jobs
         self._roster = roster
         self._auctioneer = auctioneer
+        self.vitals = vitals
         self._chain_reads: dict[str, tuple[int, object]] = {}
 
     async def jobs(self) -> list[dict[str, Any]]:
@@ -132,7 +139,7 @@ class Views:
             "account": row.account,
             "name": row.name,
             "device": row.device,
-            "connected": member is not None and member.connected,
+            "connected": member is not None and self._roster.is_here(member),
             "tasks": {},
             "accepted_units": 0,
             "earned_micros": 0,
@@ -148,7 +155,7 @@ class Views:
                 "account": member.account,
                 "name": member.name,
                 "device": member.device,
-                "connected": member.connected,
+                "connected": self._roster.is_here(member),
                 "last_seen_ms": member.last_seen_ms,
                 "units_in_flight": {
                     kind.value: in_flight.get((member.node, kind), 0) for kind in TaskKind

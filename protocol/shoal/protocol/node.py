@@ -12,12 +12,14 @@ Each libp2p protocol is one request and one reply::
     /shoal/failure/1    worker → orchestrator   LeaseFailure     → FailureReply
     /shoal/evidence/1   orchestrator → worker   EvidenceRequest  → EvidenceReply
     /shoal/heartbeat/1  worker → orchestrator   Heartbeat        → HeartbeatReply
+
+and `shoal.protocol.probe` has ``/shoal/probe/1``.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -31,7 +33,7 @@ from shoal.protocol.result import Receipt, Result, Verdict
 from shoal.protocol.signing import Domain, SignableRecord, Signed
 from shoal.protocol.task import Task
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 HELLO_PROTOCOL = "/shoal/hello/1"
 JOIN_PROTOCOL = "/shoal/join/1"
@@ -43,10 +45,6 @@ RESULT_PROTOCOL = "/shoal/result/1"
 FAILURE_PROTOCOL = "/shoal/failure/1"
 EVIDENCE_PROTOCOL = "/shoal/evidence/1"
 HEARTBEAT_PROTOCOL = "/shoal/heartbeat/1"
-
-LOTS_TOPIC = "shoal/lots/1"
-POLICIES_TOPIC = "shoal/policies/1"
-CERTIFICATES_TOPIC = "shoal/certificates/1"
 
 
 class NodeBinding(SignableRecord):
@@ -112,7 +110,10 @@ class HelloReply(Record):
     """Everything a worker needs before it can join: chain, contracts, where bytes are.
 
     Writer: orchestrator.  Reader: worker.  ``rpc_urls`` are suggestions: a provider who
-    wants to trust no one points its worker at a node of its own.
+    wants to trust no one points its worker at a node of its own.  ``p2p_addresses`` is where
+    this node may be dialled from now on, so that a worker finds it again under another one.
+    ``bound_node`` proves that the node speaks for ``orchestrator``, whose signature of it also
+    vouches for chain and escrow; without it a worker can not tell that from a claim.
     """
 
     protocol_version: int = Field(ge=0, le=MAX_UNITS)
@@ -124,7 +125,11 @@ class HelloReply(Record):
     rpc_urls: tuple[str, ...] = Field(max_length=16)
     api_url: str = Field(max_length=500)
     blob_urls: tuple[str, ...] = Field(max_length=16)
+    p2p_addresses: tuple[Annotated[str, Field(max_length=512)], ...] = Field(
+        default=(), max_length=16
+    )
     heartbeat_ms: int = Field(ge=10, le=3_600_000)
+    bound_node: BoundNode | None = None
 
 
 class JoinRequest(Record):
@@ -276,6 +281,37 @@ class IdleReason(StrEnum):
     STARTING = "starting"
 
 
+class IdleDetail(Record):
+    """The figures behind an `IdleReason`, of the work that comes nearest to this worker.
+
+    Writer: orchestrator.  Reader: worker, which tells its provider.  Absent is what has no
+    bearing on the reason, or is not known.
+
+    Attributes:
+        kind: The kind of that work.
+        limit_micros: The most its units may cost now.
+        price_micros: What this worker asks for one.
+        needed_stake_micros: Stake that backs its smallest task.
+        free_stake_micros: This account's stake that backs nothing else.
+        task_units: Units of its smallest task.
+        capacity_units: Units this worker takes at once.
+        place: This worker's place on the ladder, from 1.
+        places: How many stand on it.
+        wait_ms: How long until the worker is let in again.
+    """
+
+    kind: TaskKind | None = None
+    limit_micros: MicrosField | None = None
+    price_micros: MicrosField | None = None
+    needed_stake_micros: MicrosField | None = None
+    free_stake_micros: MicrosField | None = None
+    task_units: int | None = Field(default=None, ge=0, le=MAX_UNITS)
+    capacity_units: int | None = Field(default=None, ge=0, le=MAX_UNITS)
+    place: int | None = Field(default=None, ge=1, le=MAX_UNITS)
+    places: int | None = Field(default=None, ge=1, le=MAX_UNITS)
+    wait_ms: int | None = Field(default=None, ge=0, le=MAX_INT)
+
+
 class Heartbeat(Record):
     """A worker's sign of life.  Writer: worker.  Reader: orchestrator.
 
@@ -290,7 +326,8 @@ class HeartbeatReply(Record):
     """Writer: orchestrator.  Reader: worker.
 
     ``revoked`` leases are to be dropped at once; ``verdicts`` are the provider's to keep.
-    ``market_epoch`` is the first epoch that bids can still be made for.
+    ``market_epoch`` is the first epoch that bids can still be made for.  ``idle_detail`` is
+    absent where the reason has no figures.
     """
 
     revoked: tuple[ShortId, ...] = Field(max_length=256)
@@ -298,3 +335,4 @@ class HeartbeatReply(Record):
     open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
     market_epoch: int = Field(ge=0, le=MAX_UNITS)
     idle_reason: IdleReason
+    idle_detail: IdleDetail | None = None

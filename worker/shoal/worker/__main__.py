@@ -1,4 +1,4 @@
-"""``python -m shoal.worker``: what ``shoal worker join``, ``claim`` and ``unstake`` run."""
+"""``python -m shoal.worker``: what ``shoal worker join`` and its sister commands run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.process import parse_pairs, report_error
 from shoal.worker.config import (
-    ENVIRONMENT_PREFIX,
     LOCAL_RAY,
     Capacity,
     FloorPrices,
@@ -22,6 +21,19 @@ from shoal.worker.config import (
     describe_config,
     load_config,
 )
+
+_VERBS = {
+    "join": "Work for the orchestrator at ADDRESS: a libp2p address or the URL of its API.",
+    "claim": "Claim all that jobs owe this worker's account, without working.",
+    "unstake": "Take back this worker's stake: once to begin, once more when the wait is over.",
+    "doctor": "Look at all that a worker rests on, and say how to mend what is wrong.",
+    "status": "Say what the worker in DIR is doing and, when it does nothing, why.",
+    "backup": "Put the worker's two keys, encrypted, into FILE.",
+    "restore": "Bring back the keys that `shoal worker backup` put into FILE.",
+}
+_WITH_ORCHESTRATOR = {"join", "claim", "unstake"}
+_BESIDE_WORK = {"doctor", "status", "backup", "restore"}
+_WITH_FILE = {"backup", "restore"}
 
 _EVALUATIONS_PER_GROUP = 8
 """How many held-out prompts ``--capacity`` counts as one group: as many as in the defaults."""
@@ -35,26 +47,35 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of a worker, with their defaults told."""
-    parser = OneLineParser(
-        prog="shoal worker join",
-        description="Work for the orchestrator at ADDRESS: a libp2p address or the URL of its API.",
-        epilog="Options win over the environment (SHOAL_WORKER_…), which wins over the file.",
-        # An abbreviation would change its meaning with the next option.
-        allow_abbrev=False,
-    )
+def _texts() -> tuple[tuple[str, str, str], ...]:
+    """The options that are a key of the configuration and a word: name, word, meaning."""
     defaults = {name: field.default for name, field in WorkerConfig.model_fields.items()}
-    parser.add_argument("orchestrator", nargs="?", metavar="ADDRESS")
-    texts = (
+    return (
         ("name", "NAME", f"what the orchestrator calls this worker ({defaults['name']})"),
         ("stake", "DOLLARS", "raise the account's stake to this much in all (leave it as it is)"),
         ("data-dir", "DIR", f"keys, models and receipts ({defaults['data_dir']})"),
+        ("trust", "ACCOUNT", "the account that the orchestrator must prove to speak for"),
         ("rpc-url", "URL", "a chain node of your own (the orchestrator's proposal)"),
         ("device", "NAME", f"auto, cpu, cuda or mps ({defaults['device']})"),
         ("engine", "NAME", f"what samples: auto, loop or vllm ({defaults['engine']})"),
     )
-    for option, metavar, text in texts:
+
+
+def build_parser(verb: str = "join") -> argparse.ArgumentParser:
+    """The options of a worker, with their defaults told; all verbs take all of them."""
+    parser = OneLineParser(
+        prog=f"shoal worker {verb}",
+        description=_VERBS[verb],
+        epilog="Options win over the environment (SHOAL_WORKER_…), which wins over the file.",
+        # An abbreviation would change its meaning with the next option.
+        allow_abbrev=False,
+    )
+    if verb in _WITH_FILE:
+        parser.add_argument("words", nargs="*", metavar="FILE", help="where the backup is")
+    else:
+        text = "several are ways to one orchestrator"
+        parser.add_argument("words", nargs="*", metavar="ADDRESS", help=text)
+    for option, metavar, text in _texts():
         parser.add_argument(f"--{option}", metavar=metavar, help=text)
     parser.add_argument(
         "--ray",
@@ -89,11 +110,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="any setting of the file",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
-    parser.add_argument("--json", action="store_true", help="errors as JSON")
+    parser.add_argument("--json", action="store_true", help="answers and errors as JSON")
+    # Commands of their own to people, as `shoal worker claim`; here each is an option.
     instead = parser.add_mutually_exclusive_group()
-    # Commands of their own to people: `shoal worker claim`, `shoal worker unstake`.
-    instead.add_argument("--claim", action="store_true", help=argparse.SUPPRESS)
-    instead.add_argument("--unstake", action="store_true", help=argparse.SUPPRESS)
+    for other in _VERBS:
+        instead.add_argument(
+            f"--{other}", action="store_const", const=other, dest="verb", help=argparse.SUPPRESS
+        )
+    parser.set_defaults(verb="join")
     return parser
 
 
@@ -103,8 +127,10 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InvalidRequest: a ``--set`` without ``=``.
     """
-    names = ("orchestrator", "name", "stake", "data_dir", "rpc_url", "device", "engine")
+    names = ("name", "stake", "data_dir", "rpc_url", "device", "engine", "trust")
     options = {name: getattr(arguments, name) for name in names}
+    if arguments.words and arguments.verb not in _WITH_FILE:
+        options["orchestrator"] = ",".join(arguments.words)
     options["ray.address"] = arguments.ray
     for kind in FloorPrices.model_fields:
         options[f"price.{kind}"] = getattr(arguments, f"price_{kind}")
@@ -116,31 +142,61 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Runs the worker the command line describes; returns its exit code."""
-    parser = build_parser()
+    """Does what the command line says; returns its exit code."""
+    verb = next((verb for verb in _VERBS if f"--{verb}" in sys.argv), "join")
+    parser = build_parser(verb)
     arguments = parser.parse_args()
+    if verb in _WITH_FILE and len(arguments.words) != 1:
+        parser.error("name one FILE")
     try:
-        options = read_options(arguments)
-        named = "orchestrator" in options or f"{ENVIRONMENT_PREFIX}ORCHESTRATOR" in os.environ
-        if not named and arguments.config is None:
-            parser.error("name the orchestrator to work for: ADDRESS, or --config FILE")
-        config = load_config(arguments.config, os.environ, options)
+        config = load_config(arguments.config, os.environ, read_options(arguments))
+        if verb in _WITH_ORCHESTRATOR and not (config.orchestrator or config.is_finding):
+            parser.error(
+                "name the orchestrator to work for: ADDRESS, or --config FILE; or its account "
+                "with --trust, to look for it through --set bootstrap=… or --set mdns=true"
+            )
         if arguments.dry_run:
             _print_json(describe_config(config))
             return 0
-        from shoal.worker.main import claim_all, run_worker, unstake
-
-        if arguments.claim:
-            _print_json({"paid_micros": asyncio.run(claim_all(config))})
-        elif arguments.unstake:
-            _print_json(asyncio.run(unstake(config)).to_json())
-        else:
-            asyncio.run(run_worker(config))
+        return _run(verb, config, arguments)
     except ShoalError as error:
         return report_error("shoal worker", error, as_json=arguments.json)
     except KeyboardInterrupt:
         return 130
+
+
+def _run(verb: str, config: WorkerConfig, arguments: argparse.Namespace) -> int:
+    """Runs the verb; its exit code."""
+    if verb in _BESIDE_WORK:
+        return _run_beside(verb, config, arguments)
+    from shoal.worker.main import claim_all, run_worker, unstake
+
+    match verb:
+        case "claim":
+            _print_json({"paid_micros": asyncio.run(claim_all(config))})
+        case "unstake":
+            _print_json(asyncio.run(unstake(config)).to_json())
+        case _:
+            asyncio.run(run_worker(config))
     return 0
+
+
+def _run_beside(verb: str, config: WorkerConfig, arguments: argparse.Namespace) -> int:
+    from shoal.worker import verbs
+
+    match verb:
+        case "status":
+            return verbs.tell_status(config, as_json=arguments.json)
+        case "backup":
+            return verbs.run_backup(config, Path(arguments.words[0]), as_json=arguments.json)
+        case "restore":
+            return verbs.run_restore(config, Path(arguments.words[0]), as_json=arguments.json)
+    # Not `asyncio.run`, which would wait for threads that hang in a disk or a name look-up.
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(verbs.run_doctor(config, as_json=arguments.json))
+    finally:
+        loop.close()
 
 
 def _print_json(data: object) -> None:

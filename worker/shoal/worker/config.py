@@ -10,16 +10,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from shoal.protocol.errors import InvalidRequest
-from shoal.protocol.ids import Name
+from shoal.protocol.ids import Address, Name
 from shoal.protocol.market import TaskKind
 from shoal.protocol.money import Micros, parse_dollars
 from shoal.protocol.record import first_fault
 
 ENVIRONMENT_PREFIX: Final = "SHOAL_WORKER_"
 MAX_CAPACITY: Final = 1 << 20
+_MAX_PORT: Final = 65_535
 LOCAL_RAY: Final = "local"
 """The Ray address that asks for a cluster of our own on this machine."""
 
@@ -52,8 +53,29 @@ def _price(text: str) -> str:
     return text
 
 
+def _addresses(value: object) -> object:
+    """A list as it is; one text is split at its commas."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _listen(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > _MAX_PORT:
+        raise ValueError('write it as HOST:PORT, for example "0.0.0.0:8701"')
+    return text
+
+
 Dollars = Annotated[str, AfterValidator(_dollars)]
 Price = Annotated[str, AfterValidator(_price)]
+Listen = Annotated[str, AfterValidator(_listen), Field(max_length=300)]
+Addresses = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=500)], ...],
+    BeforeValidator(_addresses),
+    Field(max_length=16),
+]
+"""Several ways to one place, as a list or as one text with commas."""
 
 
 class _Section(BaseModel):
@@ -124,8 +146,13 @@ class WorkerConfig(_Section):
     """Everything a provider can set.
 
     Attributes:
-        orchestrator: A libp2p address that ends in ``/p2p/<peer id>``, or the URL of the
-            orchestrator's API, which is asked for such an address.
+        orchestrator: Libp2p addresses that end in ``/p2p/<peer id>``, or URLs of the
+            orchestrator's API, which is asked for such addresses; all of one orchestrator.
+            None: one is looked for.
+        trust: The account of the orchestrator to work for, which it must prove; needed where
+            it is looked for.
+        bootstrap: Libp2p addresses of nodes that are asked for orchestrators.
+        mdns: Whether the local network is asked for orchestrators.
         data_dir: Where keys, models, receipts and verdicts are kept.
         name: What the orchestrator calls this worker.
         price: Floor prices.
@@ -141,6 +168,11 @@ class WorkerConfig(_Section):
         claim_min: Dollars below which an unfinished job's pay is left to grow.
         max_base_bytes: Largest base model accepted.
         cache_bytes: Disk kept for adapters and batches.
+        share: Whether other workers may fetch from this one what it holds; over its connection
+            to the orchestrator, and over HTTP with ``blob_listen``.
+        blob_listen: ``HOST:PORT`` to serve blobs on over HTTP; absent, none.
+        blob_url: Base URL under which others reach ``blob_listen``, where that is another.
+        upload_mbit: Most that others may fetch, in megabits per second; 0 is no limit.
         num_threads: CPU threads the model may use.
         connect_timeout_s: How long the first connection may take, tries included.
         log_file: Where events are written; absent writes to standard error.
@@ -152,7 +184,10 @@ class WorkerConfig(_Section):
         200
     """
 
-    orchestrator: str = Field(min_length=1, max_length=500)
+    orchestrator: Addresses = ()
+    trust: Address | None = None
+    bootstrap: Addresses = ()
+    mdns: bool = False
     data_dir: Path = Path("~/.shoal/worker")
     name: Name = "worker"
     price: FloorPrices = FloorPrices()
@@ -167,9 +202,18 @@ class WorkerConfig(_Section):
     claim_min: Dollars = "0.01"
     max_base_bytes: int = Field(default=20 << 30, ge=1)
     cache_bytes: int = Field(default=2 << 30, ge=16 << 20)
+    share: bool = True
+    blob_listen: Listen | None = None
+    blob_url: str | None = Field(default=None, pattern=r"^https?://[^\s@?#\\]+$", max_length=300)
+    upload_mbit: float = Field(default=0.0, ge=0, le=1_000_000)
     num_threads: int = Field(default=1, ge=1, le=1024)
     connect_timeout_s: float = Field(default=30.0, gt=0, le=86_400)
     log_file: Path | None = None
+
+    @property
+    def is_finding(self) -> bool:
+        """Whether an orchestrator that is not named is looked for, here or among the remembered."""
+        return self.trust is not None or self.mdns or bool(self.bootstrap)
 
     @property
     def folder(self) -> Path:

@@ -77,6 +77,14 @@ class Collector:
         self._hurry = asyncio.Event()
         self._seen_open: frozenset[str] = frozenset()
         self._fast_rounds = 0
+        self._owed: dict[str, int] = {}
+        self.paid_micros = 0
+        """What was claimed since the start."""
+
+    @property
+    def owed_micros(self) -> int | None:
+        """What the jobs owed at the last look; None before the first."""
+        return sum(self._owed.values()) if self._owed else None
 
     def note_open(self, job_ids: Iterable[str]) -> None:
         """Jobs that were open and no longer are will be looked at soon: they pay up now."""
@@ -122,12 +130,15 @@ class Collector:
             owed_micros = statement.cumulative_micros - await self._chain.escrow.claimed(
                 job_id, self._account
             )
+            self._owed[job_id] = max(0, owed_micros)
             if owed_micros <= 0:
                 paid_micros = 0
             elif even_small or statement.final or owed_micros >= self._claim_min_micros:
                 if not await self._claim(statement, owed_micros):
                     return 0
                 paid_micros = owed_micros
+                self._owed[job_id] = 0
+                self.paid_micros += paid_micros
             else:
                 return 0
             if statement.final:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.market.fault import BidDrop, ReceiptedBid
+from shoal.protocol.certificate import ClearingCertificate
 from shoal.protocol.result import Receipt, Verdict
 from shoal.protocol.sealing import BookSeal
 from shoal.protocol.signing import Signed
 
 _MAX_PENDING: Final = 4096
 _MAX_LINE_BYTES: Final = 4 << 20
+_MAX_CERTIFICATES_BYTES: Final = 32 << 20
+"""Of certificates heard by gossip; as many again of the time before are kept."""
 
 
 class EvidenceBook:
     """What a provider needs to prove what it bid, did and was told.
 
     Args:
-        directory: Holds ``bids.jsonl``, ``drops.jsonl``, ``receipts.jsonl``, ``verdicts.jsonl``
-            and ``jobs.json``.
+        directory: Holds ``bids.jsonl``, ``drops.jsonl``, ``receipts.jsonl``, ``verdicts.jsonl``,
+            ``certificates.jsonl`` and ``jobs.json``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -31,10 +34,13 @@ class EvidenceBook:
             _drop_torn_line(path)
         self._directory = directory
         self._receipts: dict[str, Signed[Receipt]] = {}
-        self._judged = {
-            (line["verdict"]["record"]["lease_id"], line["verdict"]["record"]["lease_epoch"])
-            for line in _lines(directory / "verdicts.jsonl")
-        }
+        self._judged: set[tuple[str, int]] = set()
+        self.earned_micros = 0
+        """Pay of every accepted result whose verdict is here."""
+        for line in _lines(directory / "verdicts.jsonl"):
+            record = line["verdict"]["record"]
+            self._judged.add((record["lease_id"], record["lease_epoch"]))
+            self.earned_micros += record["pay_micros"] if record["accepted"] else 0
         self._jobs = _read_jobs(directory / "jobs.json")
 
     def keep_bid(self, bid: ReceiptedBid) -> None:
@@ -44,6 +50,17 @@ class EvidenceBook:
     def keep_drop(self, bid: ReceiptedBid, seal: Signed[BookSeal]) -> None:
         """A seal that leaves out a bid it must hold is on disk, with what proves it."""
         self._append("drops.jsonl", BidDrop(bid=bid, seal=seal).to_json())
+
+    def keep_certificate(self, certificate: Signed[ClearingCertificate]) -> None:
+        """The certificate, as everybody heard it, is on disk; the oldest make room.
+
+        It is the provider's own copy of how a lot was cleared: two that differ, of one lot and
+        epoch, prove that different bidders were told different things.
+        """
+        path = self._directory / "certificates.jsonl"
+        if path.exists() and path.stat().st_size > _MAX_CERTIFICATES_BYTES:
+            os.replace(path, self._directory / "certificates.old.jsonl")
+        self._append(path.name, certificate.to_json())
 
     def keep_receipt(self, receipt: Signed[Receipt]) -> None:
         """The receipt is on disk, and its job among those that may owe something."""
@@ -67,6 +84,7 @@ class EvidenceBook:
         }
         self._append("verdicts.jsonl", line)
         self._judged.add((record.lease_id, record.lease_epoch))
+        self.earned_micros += record.pay_micros if record.accepted else 0
         return True
 
     def open_jobs(self) -> tuple[str, ...]:

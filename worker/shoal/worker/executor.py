@@ -123,6 +123,10 @@ class Executor:
         """The lease, while it is held."""
         return self._held.get(lease_id)
 
+    def assignments(self) -> tuple[Assignment, ...]:
+        """Every lease held now, in the order in which they came."""
+        return tuple(self._held.values())
+
     def __len__(self) -> int:
         return len(self._held)
 

@@ -13,7 +13,7 @@ _NOT_FOUND: Final = 404
 _OK: Final = 200
 
 
-async def get_json(url: str) -> Any:
+async def get_json(url: str, *, timeout_s: float = _TIMEOUT_S) -> Any:
     """The JSON at ``url``; None when the server knows nothing there.
 
     Raises:
@@ -23,7 +23,7 @@ async def get_json(url: str) -> Any:
     # aiohttp is loaded only by a worker that talks HTTP, which keeps `shoal --help` quick.
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
 from shoal.network.identity import NodeIdentity
+from shoal.protocol.clock import SystemTime
 from shoal.protocol.errors import Expired, ShoalError, Unavailable
 from shoal.protocol.keystore import load_or_create_account
 from shoal.protocol.node import HelloReply
@@ -17,13 +18,16 @@ from shoal.worker.config import Device, SamplingChoice, WorkerConfig
 from shoal.worker.earnings import Collector
 from shoal.worker.events import configure_logging, log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
+from shoal.worker.finding import finder_of
 from shoal.worker.node import Parts, WorkerNode
 from shoal.worker.ports import Engine, ProviderChain
-from shoal.worker.session import Credentials, Link, find_addresses, greet
+from shoal.worker.session import Credentials, Link, greet
 from shoal.worker.stake import Unstaked, take_back_stake
+from shoal.worker.ways import Ways
 
 if TYPE_CHECKING:
     from shoal.contracts.gateway import ChainGateway
+    from shoal.network.port import Network
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -71,17 +75,19 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
         # In a thread, and before anything is bid for: it takes seconds, and may be refused.
         await asyncio.to_thread(require_vllm)
     # Imported here, so that naming this module does not cost a libp2p and a web3 import.
-    from shoal.network.blob_client import BlobClient
-    from shoal.network.blob_store import BlobStore
+    from shoal.network.libp2p_circuit import RelayClient
     from shoal.network.libp2p_node import Libp2pNode
     from shoal.worker.engine import PolicyEngine
+    from shoal.worker.plane import open_swarm
     from shoal.worker.site import open_engine
 
     credentials = load_credentials(config)
     log_event("starting", node=credentials.node, account=credentials.address)
-    store = BlobStore(config.folder / "blobs", config.cache_bytes + config.max_base_bytes)
     async with contextlib.AsyncExitStack() as resources:
-        blobs = await resources.enter_async_context(BlobClient(store))
+        relayed = RelayClient(accepts=config.share)
+        network = Libp2pNode(credentials.identity, extensions=[relayed])
+        link = Link(network)
+        blobs = await resources.enter_async_context(open_swarm(config, network, link))
 
         async def connect(greeting: HelloReply) -> ProviderChain:
             return await resources.enter_async_context(_chain(config, credentials, greeting))
@@ -97,14 +103,17 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
             log_event("site_joined", actors=site.num_actors)
             engine = site
         parts = Parts(
-            network=Libp2pNode(credentials.identity),
+            network=network,
             credentials=credentials,
             connect_chain=connect,
             blobs=blobs,
             engine=engine,
             device=_device_name(config.device),
+            link=link,
         )
-        await WorkerNode(config, parts).run(stop)
+        node = WorkerNode(config, parts)
+        node.reporter.cache_bytes = lambda: blobs.store.total_bytes
+        await node.run(stop)
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
@@ -154,17 +163,22 @@ async def _greeted(config: WorkerConfig) -> AsyncIterator[HelloReply]:
     link = Link(network)
     await network.start()
     try:
-        yield await _greet_any(link, config)
+        yield await _greet_any(network, link, config)
     finally:
         await network.stop()
 
 
-async def _greet_any(link: Link, config: WorkerConfig) -> HelloReply:
+async def _greet_any(network: Network, link: Link, config: WorkerConfig) -> HelloReply:
     failure: ShoalError = Unavailable("The orchestrator names no address to dial.")
-    for address in await find_addresses(config.orchestrator):
+    time = SystemTime()
+    find = finder_of(config, network, time)
+    ways = Ways(config.orchestrator, config.folder, time, find=find, trust=config.trust)
+    async for address, timeout_s in ways.addresses():
         try:
-            await link.dial(address)
-            return await greet(link)
+            peer = await link.dial(address, timeout_s=timeout_s)
+            greeting = await greet(link)
+            ways.require_trusted(greeting, peer, address)
+            return greeting
         except (Unavailable, Expired) as error:
             failure = error
     raise failure

@@ -90,6 +90,15 @@ class Materials:
         """
         await self._base(base, sources, timeout_s, on_bytes)
 
+    async def prefetch(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> None:
+        """The adapter is at hand when a task names it.
+
+        Raises:
+            Unavailable, Expired: no source has it just now.
+            PeerFault: what arrived is not what ``ref`` names.
+        """
+        await self._adapter(ref, sources, timeout_s)
+
     async def _adapter(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
         cached = self._adapters.get(ref.sha256)
         if cached is not None:

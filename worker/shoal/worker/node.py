@@ -12,14 +12,7 @@ from typing import Final
 
 from shoal.network.port import Network
 from shoal.protocol.clock import SystemTime, TimeSource
-from shoal.protocol.errors import (
-    Expired,
-    InvalidRequest,
-    InvariantBroken,
-    ShoalError,
-    Unauthorised,
-    Unavailable,
-)
+from shoal.protocol.errors import ShoalError, Unauthorised, Unavailable
 from shoal.protocol.ids import PeerId
 from shoal.protocol.node import (
     EVIDENCE_PROTOCOL,
@@ -32,15 +25,18 @@ from shoal.protocol.node import (
     Heartbeat,
     HeartbeatReply,
     HelloReply,
+    IdleDetail,
     IdleReason,
     JoinReply,
     LeaseOffer,
+    LeaseProgress,
     LeaseReply,
     OpenJob,
 )
 from shoal.protocol.result import Verdict
 from shoal.protocol.sealing import SealNotice
 from shoal.protocol.signing import Signed
+from shoal.worker.announcements import Announcements, Interests
 from shoal.worker.bases import BaseKeeper
 from shoal.worker.bidder import Bidder
 from shoal.worker.capacity import CapacityNow
@@ -49,20 +45,26 @@ from shoal.worker.earnings import Collector
 from shoal.worker.events import log_event, log_failure
 from shoal.worker.evidence import EvidenceBook
 from shoal.worker.executor import Assignment, Executor
+from shoal.worker.finding import Find, finder_of
+from shoal.worker.keeper import SessionKeeper
 from shoal.worker.materials import Materials
 from shoal.worker.offers import MAX_HELD_LEASES, Parties, refusal_of, require_genuine
 from shoal.worker.ports import BlobPlane, Engine, ProviderChain, TaskOutput
+from shoal.worker.reporter import Reporter
 from shoal.worker.residuals import FeedbackEngine, ResidualBook
-from shoal.worker.session import Backoff, Credentials, Link, find_addresses, greet, join
+from shoal.worker.session import Credentials, Link, Session
 from shoal.worker.stake import ensure_bound, ensure_stake
+from shoal.worker.status import BaseFetch
 from shoal.worker.submit import Drop, Submitter
+from shoal.worker.ways import Ways
 
-_MISSED_HEARTBEATS: Final = 3
 _MAX_ACKNOWLEDGED: Final = 1024
-_FIRST_JOIN_PAUSE_S: Final = 0.5
 _DELIVERY_GRACE_S: Final = 1.5
+_PREFETCH_TIMEOUT_S: Final = 120.0
 _CLAIM_GRACE_S: Final = 2.0
 _LEAVE_GRACE_S: Final = 0.5
+_IN_STEP_TIMEOUT_S: Final = 5.0
+"""Half of the time in which an offer is to be answered."""
 
 ConnectChain = Callable[[HelloReply], Awaitable[ProviderChain]]
 
@@ -80,6 +82,10 @@ class Parts:
         device: What the engine computes on, for the join request.
         time: Wall clock.
         monotonic_s: Monotonic clock.
+        link: The way to the orchestrator, where another part also asks over it; absent, the
+            worker makes its own.
+        find: Looks for orchestrators where the configuration names none; absent looks where
+            the configuration says.
     """
 
     network: Network
@@ -90,6 +96,8 @@ class Parts:
     device: str
     time: TimeSource = field(default_factory=SystemTime)
     monotonic_s: Callable[[], float] = monotonic
+    link: Link | None = None
+    find: Find | None = None
 
 
 class WorkerNode:
@@ -104,7 +112,7 @@ class WorkerNode:
         self._config = config
         self._parts = parts
         self._book = EvidenceBook(config.folder / "evidence")
-        self._link = Link(parts.network)
+        self._link = parts.link or Link(parts.network)
         self._submitter = Submitter(
             parts.credentials, self._link, parts.blobs, self._book, parts.monotonic_s
         )
@@ -125,11 +133,102 @@ class WorkerNode:
         self._jobs: tuple[OpenJob, ...] = ()
         self._market_epoch = 0
         self._collector: Collector | None = None
-        self._greeting: HelloReply | None = None
         self._acknowledged: dict[str, None] = {}
         self._idle: IdleReason | None = None
+        self._idle_detail: IdleDetail | None = None
         self._bidding: asyncio.Task[None] | None = None
+        self._early_beat: asyncio.Task[None] | None = None
+        self._served: frozenset[str] = frozenset()
+        self._announcements = self._make_announcements(materials)
         self._stopping = False
+        self._in_step = asyncio.Event()
+        self._keeper = self._make_keeper()
+        self.reporter = Reporter(
+            config,
+            self,
+            parts.credentials,
+            parts.network,
+            self._book,
+            parts.time,
+            parts.monotonic_s,
+        )
+        """Keeps the status file."""
+        self._keeper.on_change = self._changed
+        self.on_change: Callable[[], None] = lambda: None
+        """Called whenever `session` or `idle_reason` is another; it must not block."""
+
+    def _make_announcements(self, materials: Materials) -> Announcements:
+        interests = Interests(
+            known=lambda: frozenset(job.job_id for job in self._jobs),
+            served=lambda: self._served,
+            new_job=self._on_new_job,
+            prefetch=lambda adapter, sources: materials.prefetch(
+                adapter, sources or self._executor.sources, timeout_s=_PREFETCH_TIMEOUT_S
+            ),
+        )
+        return Announcements(self._parts.network, self._parts.time, self._book, interests)
+
+    def _make_keeper(self) -> SessionKeeper:
+        config, parts = self._config, self._parts
+        ways = Ways(
+            config.orchestrator,
+            config.folder,
+            parts.time,
+            find=parts.find or finder_of(config, parts.network, parts.time),
+            trust=config.trust,
+        )
+        return SessionKeeper(
+            self._link,
+            ways,
+            self,
+            parts.credentials,
+            config.name,
+            parts.device,
+            parts.time,
+            parts.monotonic_s,
+        )
+
+    @property
+    def session(self) -> Session:
+        """How things stand with the orchestrator."""
+        return self._keeper.session
+
+    @property
+    def greeting(self) -> HelloReply | None:
+        """As the orchestrator last greeted this worker; None before it has."""
+        return self._keeper.greeting
+
+    @property
+    def idle_reason(self) -> IdleReason | None:
+        """Why the worker earns nothing just now, as last heard; None before any heartbeat."""
+        return self._idle
+
+    @property
+    def idle_detail(self) -> IdleDetail | None:
+        """The figures behind `idle_reason`, where the orchestrator gave any."""
+        return self._idle_detail
+
+    @property
+    def open_jobs(self) -> tuple[OpenJob, ...]:
+        """The jobs that accept bids, as last heard."""
+        return self._jobs
+
+    @property
+    def collector(self) -> Collector | None:
+        """Who claims pay; None before the chain is open."""
+        return self._collector
+
+    def fetching(self) -> tuple[BaseFetch, ...]:
+        """The bases on their way."""
+        return self._bases.fetching()
+
+    def assignments(self) -> tuple[Assignment, ...]:
+        """The leases held now."""
+        return self._executor.assignments()
+
+    def progress(self) -> tuple[LeaseProgress, ...]:
+        """How far each of them has come."""
+        return self._executor.progress()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until ``stop`` is set, then leaves; the network is stopped on return.
@@ -144,70 +243,48 @@ class WorkerNode:
         network.serve(REVEAL_PROTOCOL, self._on_seal)
         await network.start()
         try:
-            await _until(stop, self._keep_session(), self._executor.run(), self._keep_claiming())
+            sessions = self._keeper.run(self._config.connect_timeout_s)
+            work = self._executor.run(), self._keep_claiming(), self.reporter.run()
+            await _until(stop, sessions, *work)
+        except Exception as error:
+            self.reporter.close(str(error))
+            raise
         finally:
             await self._leave()
+            self.reporter.close("it was told to stop")
 
-    async def _keep_session(self) -> None:
-        """A session is open, or being opened again, until something cannot be mended."""
-        pause = Backoff()
-        give_up_s = self._parts.monotonic_s() + self._config.connect_timeout_s
-        while True:
-            try:
-                await self._serve_session(await self._open_session(), pause)
-            except ShoalError as error:
-                if self._cannot_mend(error, give_up_s):
-                    raise
-                log_failure("orchestrator_unreachable", error)
-            await self._link.close()
-            pause_s = pause.next_s()
-            # Before the first joining somebody is watching and waits.
-            if self._greeting is None:
-                pause_s = min(pause_s, _FIRST_JOIN_PAUSE_S)
-            await asyncio.sleep(pause_s)
-
-    def _cannot_mend(self, error: ShoalError, give_up_s: float) -> bool:
-        if isinstance(error, InvalidRequest | InvariantBroken):
-            return True
-        # A worker that has joined once waits for its orchestrator as long as it takes; one
-        # that never has was probably given a wrong address.
-        if self._greeting is not None:
-            return False
-        is_passing = isinstance(error, Unavailable | Expired)
-        return not is_passing or self._parts.monotonic_s() > give_up_s
-
-    async def _open_session(self) -> JoinReply:
-        await self._dial()
-        greeting = await greet(self._link)
-        self._require_same_chain(greeting)
-        credentials = self._parts.credentials
+    async def prepare(self, greeting: HelloReply) -> None:
+        """The chain is open, stake and binding are in place; results and bytes have a place."""
         if self._collector is None:
             self._collector = await self._prepare_chain(greeting)
-        self._greeting = greeting
-        self._submitter.drop = Drop(domain=greeting.domain, blob_urls=greeting.blob_urls)
+        self._submitter.drop = Drop(domain=greeting.domain, blob_urls=greeting.blob_urls[:1])
         self._executor.sources = self._bases.sources = greeting.blob_urls
-        bound = credentials.bind(greeting.domain, self._parts.time.now_ms())
-        reply = await join(self._link, bound, self._config.name, self._parts.device)
+        # Before the join: an offer may overtake its reply.
+        self._in_step.clear()
+
+    def joined(self, greeting: HelloReply, reply: JoinReply) -> None:
+        """Every bid will be sent again, and no residual counts that this session did not see."""
         self._stop_bidding()
         self._bidder.forget()
         self._residuals.forget()
-        self._link.mark_joined()
-        log_event(
-            "joined", node=credentials.node, account=credentials.address, jobs=len(reply.open_jobs)
-        )
-        return reply
+        self._announcements.follow(greeting)
+        self._note_jobs(reply.open_jobs, reply.market_epoch)
 
-    async def _dial(self) -> None:
-        failure: ShoalError | None = None
-        for address in await find_addresses(self._config.orchestrator):
-            try:
-                await self._link.dial(address)
-            except (Unavailable, Expired) as error:
-                failure = error
-            else:
-                return
-        if failure is not None:
-            raise failure
+    async def beat(self, greeting: HelloReply) -> None:
+        """The orchestrator knows what is held, and what it answered is heeded."""
+        sent = tuple(self._acknowledged)[:_MAX_ACKNOWLEDGED]
+        beat = Heartbeat(leases=self._executor.progress(), acknowledged=sent)
+        timeout_s = max(2.0, 3 * greeting.heartbeat_ms / 1000)
+        raw = await self._link.request(HEARTBEAT_PROTOCOL, beat.encode(), timeout_s=timeout_s)
+        reply = HeartbeatReply.decode(raw)
+        for lease_id in sent:
+            self._acknowledged.pop(lease_id, None)
+        self._executor.revoke(reply.revoked)
+        self._in_step.set()
+        for verdict in reply.verdicts:
+            self._keep_verdict(verdict, greeting)
+        self._note_jobs(reply.open_jobs, reply.market_epoch)
+        self._note_idle(reply.idle_reason, reply.idle_detail)
 
     async def _prepare_chain(self, greeting: HelloReply) -> Collector:
         chain = await self._parts.connect_chain(greeting)
@@ -225,57 +302,6 @@ class WorkerNode:
             claim_min_micros=self._config.claim_min_micros,
         )
 
-    def _require_same_chain(self, greeting: HelloReply) -> None:
-        before = self._greeting
-        if before is None:
-            return
-        if (before.domain, before.contracts, before.orchestrator) != (
-            greeting.domain,
-            greeting.contracts,
-            greeting.orchestrator,
-        ):
-            raise InvalidRequest(
-                "The orchestrator came back with another chain, other contracts or another "
-                "account; start the worker again if you trust the change.",
-                code="orchestrator_changed",
-            )
-
-    async def _serve_session(self, joined: JoinReply, pause: Backoff) -> None:
-        """Heartbeats until the connection is lost or the orchestrator forgot this worker."""
-        greeting = self._current_greeting()
-        missed = 0
-        self._note_jobs(joined.open_jobs, joined.market_epoch)
-        while not await self._link.wait_lost(greeting.heartbeat_ms / 1000):
-            try:
-                await self._beat(greeting)
-            except (Unavailable, Expired) as error:
-                missed += 1
-                log_failure("heartbeat_missed", error, missed=missed)
-                if missed == _MISSED_HEARTBEATS:
-                    return
-            except ShoalError as error:
-                # Whatever it is, joining anew mends it, or says why not.
-                log_failure("rejoining", error)
-                return
-            else:
-                missed = 0
-                pause.reset()
-        log_event("orchestrator_lost", logging.WARNING)
-
-    async def _beat(self, greeting: HelloReply) -> None:
-        sent = tuple(self._acknowledged)[:_MAX_ACKNOWLEDGED]
-        beat = Heartbeat(leases=self._executor.progress(), acknowledged=sent)
-        timeout_s = max(2.0, 3 * greeting.heartbeat_ms / 1000)
-        raw = await self._link.request(HEARTBEAT_PROTOCOL, beat.encode(), timeout_s=timeout_s)
-        reply = HeartbeatReply.decode(raw)
-        for lease_id in sent:
-            self._acknowledged.pop(lease_id, None)
-        self._executor.revoke(reply.revoked)
-        for verdict in reply.verdicts:
-            self._keep_verdict(verdict, greeting)
-        self._note_jobs(reply.open_jobs, reply.market_epoch)
-        self._note_idle(reply.idle_reason)
-
     def _keep_verdict(self, verdict: Signed[Verdict], greeting: HelloReply) -> None:
         record = verdict.record
         try:
@@ -286,6 +312,7 @@ class WorkerNode:
         self._acknowledged[record.lease_id] = None
         self._residuals.judged(record.lease_id, accepted=record.accepted)
         if self._book.keep_verdict(verdict):
+            self.reporter.note_verdict(record)
             log_event(
                 "accepted" if record.accepted else "rejected",
                 logging.INFO if record.accepted else logging.WARNING,
@@ -303,6 +330,7 @@ class WorkerNode:
         # Beside the heartbeats, not between them: a slow bid must not cost running leases.
         if self._bidding is None or self._bidding.done():
             ready = self._bases.with_base(jobs)
+            self._served = frozenset(job.job_id for job in ready)
             self._bidding = asyncio.create_task(
                 self._bidder.refresh(ready, self._market_epoch, self._parties())
             )
@@ -311,6 +339,17 @@ class WorkerNode:
         """Another base is here: its jobs are bid for at once."""
         if self._link.peer is not None and not self._stopping:
             self._note_jobs(self._jobs, self._market_epoch)
+
+    def _on_new_job(self) -> None:
+        """A job unknown here is on the market: its terms come with a heartbeat, sent at once."""
+        waits = self._early_beat is not None and not self._early_beat.done()
+        if self._link.peer is not None and not self._stopping and not waits:
+            self._early_beat = asyncio.create_task(self._beat_early())
+
+    async def _beat_early(self) -> None:
+        # The next regular one brings the same, and deals with what is wrong.
+        with contextlib.suppress(ShoalError):
+            await self.beat(self._current_greeting())
 
     async def _deliver(self, assignment: Assignment, output: TaskOutput) -> None:
         lease = assignment.lease
@@ -350,24 +389,46 @@ class WorkerNode:
             self._bidding.cancel()
             self._bidding = None
 
-    def _note_idle(self, reason: IdleReason) -> None:
+    def _note_idle(self, reason: IdleReason, detail: IdleDetail | None) -> None:
         if reason is not IdleReason.WORKING and self._bidder.is_priced_out:
-            reason = IdleReason.ABOVE_RESERVE
+            reason, detail = IdleReason.ABOVE_RESERVE, None
         elif reason is IdleReason.STARTING and self._bases.is_fetching:
             reason = IdleReason.FETCHING_BASE
+        self._idle_detail = detail
         if reason is not self._idle:
             self._idle = reason
             log_event("idle_reason", reason=reason.value)
+            self._changed()
+
+    def _changed(self) -> None:
+        self.on_change()
 
     async def _on_lease(self, peer: PeerId, payload: bytes) -> bytes:
         offer = LeaseOffer.decode(payload)
         lease = offer.lease.record
         self._require_orchestrator(peer)
         require_genuine(offer, self._parties())
+        await self._wait_in_step()
         refusal = self._take(offer)
         if refusal is not None:
             log_event("lease_refused", lease_id=lease.lease_id, reason=refusal)
         return LeaseReply(lease_id=lease.lease_id, refusal=refusal).encode()
+
+    async def _wait_in_step(self) -> None:
+        """The orchestrator and this worker agree on what is held.
+
+        After a drop a lease may have been taken back unheard; until the first heartbeat says
+        so, it would seem to leave no room for another.
+        """
+        try:
+            async with asyncio.timeout(_IN_STEP_TIMEOUT_S):
+                await self._in_step.wait()
+        except TimeoutError:
+            raise Unavailable(
+                "This worker has joined and still waits for the answer to its first heartbeat; "
+                "offer the lease again.",
+                code="not_in_step",
+            ) from None
 
     def _require_orchestrator(self, peer: PeerId) -> None:
         if peer != self._link.peer:
@@ -413,7 +474,11 @@ class WorkerNode:
     async def _leave(self) -> None:
         """Finished work is handed in, pay claimed, the connection closed: within five seconds."""
         self._stopping = True
+        self._keeper.stop()
         self._stop_bidding()
+        if self._early_beat is not None:
+            self._early_beat.cancel()
+        await self._announcements.close()
         await self._bases.close()
         await self._executor.close(_DELIVERY_GRACE_S)
         if self._collector is not None:
@@ -430,9 +495,9 @@ class WorkerNode:
         return self._parts.credentials.parties(self._current_greeting())
 
     def _current_greeting(self) -> HelloReply:
-        if self._greeting is None:
+        if self._keeper.greeting is None:
             raise Unavailable("The orchestrator has not greeted this worker yet.")
-        return self._greeting
+        return self._keeper.greeting
 
 
 async def _until(stop: asyncio.Event, *parts: Coroutine[object, object, None]) -> None:

@@ -1,12 +1,12 @@
-"""The way to the orchestrator: dial, greet, join; and the open session other parts send over."""
+"""A session with the orchestrator: dial, greet, join; and the open link other parts send over."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from eth_account.signers.local import LocalAccount
 
@@ -28,13 +28,53 @@ from shoal.protocol.node import (
 )
 from shoal.protocol.signing import Domain, sign
 from shoal.protocol.version import SOFTWARE_VERSION
-from shoal.worker.http import get_json
 from shoal.worker.offers import Parties
 
 REQUEST_TIMEOUT_S: Final = 15.0
 _DIAL_TIMEOUT_S: Final = 10.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 10.0
+
+
+class SessionState(StrEnum):
+    """What a worker does about its session; ``waiting`` is the pause between two tries."""
+
+    STOPPED = "stopped"
+    DIALLING = "dialling"
+    JOINING = "joining"
+    JOINED = "joined"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """How things stand with the orchestrator, for whoever asks what the worker is doing.
+
+    Attributes:
+        state: What is going on.
+        since_ms: Wall-clock time at which that began.
+        address: What is being dialled, or over what the worker is connected.
+        peer: The orchestrator's node, while it is connected.
+        orchestrator: Its account, once it has greeted this worker.
+        last_error: Why the latest try or session failed; absent once joined again.
+        last_error_ms: When that was.
+        retry_at_ms: When the next try begins, while waiting.
+        num_joins: How often this worker has joined since it started.
+        round_trip_ms: How long the last heartbeat took to be answered.
+        missed_heartbeats: How many in a row were not.
+    """
+
+    state: SessionState
+    since_ms: int
+    address: str | None = None
+    peer: PeerId | None = None
+    orchestrator: Account | None = None
+    last_error: str | None = None
+    last_error_ms: int | None = None
+    retry_at_ms: int | None = None
+    num_joins: int = 0
+    round_trip_ms: int | None = None
+    missed_heartbeats: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +127,8 @@ class Link:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._peer: PeerId | None = None
+        self._address: str | None = None
+        self._lost_because: str | None = None
         self._joined = asyncio.Event()
         self._lost = asyncio.Event()
         network.on_peer_lost(self._on_peer_lost)
@@ -96,10 +138,20 @@ class Link:
         """The orchestrator's node, while it is connected."""
         return self._peer
 
-    async def dial(self, address: str) -> PeerId:
+    @property
+    def address(self) -> str | None:
+        """Where the orchestrator's node was reached last."""
+        return self._address
+
+    @property
+    def lost_because(self) -> str | None:
+        """Why the last connection ended; None while one stands, or when this side ended it."""
+        return self._lost_because
+
+    async def dial(self, address: str, *, timeout_s: float = _DIAL_TIMEOUT_S) -> PeerId:
         """The node at ``address`` is connected; it may be greeted."""
-        peer = await self._network.connect(address, timeout_s=_DIAL_TIMEOUT_S)
-        self._peer = peer
+        peer = await self._network.connect(address, timeout_s=timeout_s)
+        self._peer, self._address, self._lost_because = peer, address, None
         self._lost.clear()
         return peer
 
@@ -143,9 +195,9 @@ class Link:
             )
         return await self._network.request(self._peer, protocol, payload, timeout_s=timeout_s)
 
-    def _on_peer_lost(self, peer: PeerId, _: str) -> None:
+    def _on_peer_lost(self, peer: PeerId, cause: str) -> None:
         if peer == self._peer:
-            self._peer = None
+            self._peer, self._lost_because = None, cause
             self._joined.clear()
             self._lost.set()
 
@@ -168,32 +220,6 @@ class Backoff:
         longest_s = self._longest_s
         self._longest_s = min(2 * longest_s, _LONGEST_PAUSE_S)
         return random.uniform(longest_s / 2, longest_s)
-
-
-async def find_addresses(orchestrator: str) -> tuple[str, ...]:
-    """The libp2p addresses to dial for what the provider wrote down.
-
-    Raises:
-        InvalidRequest: it is neither an address ending in ``/p2p/<id>`` nor an http(s) URL.
-        Unavailable: nothing answers at the URL.
-    """
-    if orchestrator.startswith("/"):
-        return (orchestrator,)
-    if urlsplit(orchestrator).scheme not in {"http", "https"}:
-        raise InvalidRequest(
-            f"The orchestrator {orchestrator!r} is neither an address like "
-            "/ip4/192.0.2.1/tcp/4001/p2p/12D3… nor a URL like https://example.org; "
-            "copy one from the orchestrator's start-up lines.",
-            code="bad_orchestrator",
-        )
-    info = await get_json(f"{orchestrator.rstrip('/')}/v1/market/info")
-    addresses = info.get("p2p_addresses") if isinstance(info, dict) else None
-    if not isinstance(addresses, list) or not addresses:
-        raise PeerFault(
-            f"{orchestrator} names no libp2p address; check that it is an orchestrator's URL.",
-            code="no_addresses",
-        )
-    return tuple(str(address)[:500] for address in addresses[:16])
 
 
 async def greet(link: Link) -> HelloReply:

@@ -31,6 +31,9 @@ from shoal.worker.statement import sign_statement
 _MAX_DETAIL_CHARS: Final = 500
 _EVIDENCE_TIMEOUT_S: Final = 100.0
 """Below what a handler is given to answer in."""
+_LEAST_PATIENCE_S: Final = 15.0
+_SLOWEST_BYTES_PER_S: Final = 32 << 10
+"""A quarter of a megabit per second: an upload slower than that is tried again."""
 _OUR_CLOCKS: Final = frozenset({Clock.CONNECT, Clock.REPLY, Clock.TRANSFER})
 
 
@@ -40,7 +43,7 @@ class Drop:
 
     Attributes:
         domain: Where signatures count.
-        blob_urls: Holders that take payloads, the first preferred.
+        blob_urls: Holders that take payloads, the first preferred; mirrors take none.
     """
 
     domain: Domain
@@ -148,9 +151,11 @@ class Submitter:
 
     async def _put(self, data: bytes, token: str, timeout_s: float) -> BlobRef:
         failure: ShoalError | None = None
+        # A link that died silently must cost one try, not all the time that is left.
+        patience_s = min(timeout_s, _LEAST_PATIENCE_S + len(data) / _SLOWEST_BYTES_PER_S)
         for url in self._current_drop().blob_urls:
             try:
-                return await self._blobs.put(url, data, token, timeout_s=timeout_s)
+                return await self._blobs.put(url, data, token, timeout_s=patience_s)
             except (Unavailable, Expired) as error:
                 failure = error
         raise failure or PeerFault(

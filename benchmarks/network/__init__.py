@@ -1,0 +1,1 @@
+"""The network against what carries the same bytes without it, side by side in one run."""

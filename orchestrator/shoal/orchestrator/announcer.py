@@ -1,0 +1,117 @@
+"""Tells everybody at once, by gossip, what the market and the learner have just made.
+
+Whatever arrives in a burst is told together, so that no topic carries more than a few messages
+a second: beyond that, py-libp2p's gossip costs every listener more than it saves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from shoal.orchestrator.context import Context
+from shoal.protocol.announcement import (
+    CERTIFICATES_TOPIC,
+    LOTS_TOPIC,
+    MAX_ANNOUNCEMENT_BYTES,
+    MAX_LOTS,
+    MAX_POLICIES,
+    MAX_SOURCES,
+    POLICIES_TOPIC,
+    LotAnnouncement,
+    PolicyAnnouncement,
+    topic_of,
+)
+from shoal.protocol.certificate import ClearingCertificate
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.market import Lot
+from shoal.protocol.policy import PolicyVersion
+from shoal.protocol.record import Record
+from shoal.protocol.signing import Signed, sign
+
+_log = logging.getLogger(__name__)
+
+PAUSE_S: Final = 0.25
+"""Between two messages on a topic: four a second, where five is what gossip carries well."""
+
+_MAX_WAITING: Final = 4 * MAX_LOTS
+"""Of each kind; the oldest are passed over, which costs their readers a heartbeat's delay."""
+
+
+class Announcer:
+    """Signs and publishes what it is told of, soon; nothing waits for it or depends on it.
+
+    Args:
+        context: Network, account and clock.
+        sources: Where the orchestrator's blobs are, for those that fetch ahead.
+    """
+
+    def __init__(self, context: Context, sources: Callable[[], tuple[str, ...]]) -> None:
+        self._context = context
+        self._sources = sources
+        self._lots: deque[Lot] = deque(maxlen=_MAX_WAITING)
+        self._policies: dict[str, PolicyVersion] = {}
+        self._certificates: deque[Signed[ClearingCertificate]] = deque(maxlen=_MAX_WAITING)
+        self._told = asyncio.Event()
+
+    def lot(self, lot: Lot) -> None:
+        """The lot will be announced."""
+        self._lots.append(lot)
+        self._told.set()
+
+    def policy(self, policy: PolicyVersion) -> None:
+        """The version will be announced, unless the job has a newer one by then."""
+        self._policies.pop(policy.job_id, None)
+        self._policies[policy.job_id] = policy
+        while len(self._policies) > MAX_POLICIES:
+            del self._policies[next(iter(self._policies))]
+        self._told.set()
+
+    def certificate(self, certificate: Signed[ClearingCertificate]) -> None:
+        """The certificate will be announced, as it was signed."""
+        self._certificates.append(certificate)
+        self._told.set()
+
+    async def run(self) -> None:
+        """Runs for ever: announces what waits, with a pause after each round."""
+        while True:
+            await self._told.wait()
+            await self.flush()
+            await asyncio.sleep(PAUSE_S)
+
+    async def flush(self) -> None:
+        """One message of each kind that waits was handed to gossip."""
+        self._told.clear()
+        now_ms = self._context.time.now_ms()
+        if self._lots:
+            lots = tuple(self._lots.popleft() for _ in range(min(MAX_LOTS, len(self._lots))))
+            lot_record = LotAnnouncement(lots=lots, announced_at_ms=now_ms)
+            await self._publish(LOTS_TOPIC, self._signed(lot_record))
+        if self._policies:
+            policies, self._policies = tuple(self._policies.values()), {}
+            policy_record = PolicyAnnouncement(
+                policies=policies, sources=self._sources()[:MAX_SOURCES], announced_at_ms=now_ms
+            )
+            await self._publish(POLICIES_TOPIC, self._signed(policy_record))
+        if self._certificates:
+            await self._publish(CERTIFICATES_TOPIC, self._certificates.popleft())
+        if self._lots or self._certificates:
+            self._told.set()
+
+    def _signed(self, record: LotAnnouncement | PolicyAnnouncement) -> Record:
+        return sign(record, self._context.domain, self._context.account)
+
+    async def _publish(self, topic: str, record: Record) -> None:
+        payload = record.encode()
+        if len(payload) > MAX_ANNOUNCEMENT_BYTES:
+            # A certificate of very many parcels: its readers ask for it over HTTP anyway.
+            _log.info("too_large_to_announce", extra={"topic": topic, "size_bytes": len(payload)})
+            return
+        whose = topic_of(topic, self._context.domain, self._context.account.address)
+        try:
+            await self._context.network.publish(whose, payload)
+        except ShoalError as error:
+            _log.warning("not_announced", extra={"topic": topic, "reason": error.message})

@@ -1,0 +1,162 @@
+"""What the orchestrator announces: signed, together where it comes in bursts, and bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from market_records import lot
+from orchestrator_lab import Lab, arrival, open_lab, run
+from sealed_market import Stage
+
+from shoal.orchestrator import announcer as announcer_module
+from shoal.protocol.announcement import (
+    CERTIFICATES_TOPIC,
+    LOTS_TOPIC,
+    MAX_ANNOUNCEMENT_BYTES,
+    MAX_LOTS,
+    POLICIES_TOPIC,
+    SignedCertificate,
+    SignedLots,
+    SignedPolicies,
+    topic_of,
+)
+from shoal.protocol.blob import BlobRef
+from shoal.protocol.market import MAX_LAGS
+from shoal.protocol.policy import PolicyVersion
+
+
+def policy(job: int, version: int) -> PolicyVersion:
+    return PolicyVersion(
+        job_id=f"0x{job:064x}",
+        version=version,
+        base_sha256="1" * 64,
+        adapter=BlobRef(sha256="2" * 64, size_bytes=8),
+    )
+
+
+async def listen(lab: Lab, topic: str) -> asyncio.Queue[bytes]:
+    """What a worker hears on the orchestrator's topic."""
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+    peer = await lab.peer()
+
+    async def hear(_: object, data: bytes) -> None:
+        heard.put_nowait(data)
+
+    account = lab.context.account.address
+    peer.network.subscribe(topic_of(topic, lab.context.domain, account), hear)
+    return heard
+
+
+def test_a_burst_of_lots_is_a_few_messages_and_the_oldest_give_way(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
+            for epoch in range(10 * MAX_LOTS):
+                announcer.lot(lot(epoch=epoch))
+            told: list[int] = []
+            for _ in range(10):
+                await announcer.flush()
+            while len(told) < 4 * MAX_LOTS:
+                message = SignedLots.decode(await arrival(heard))
+                assert len(message.record.lots) <= MAX_LOTS
+                told += [announced.epoch for announced in message.record.lots]
+            assert told == list(range(6 * MAX_LOTS, 10 * MAX_LOTS))
+            assert heard.empty()
+
+    run(scenario)
+
+
+def test_of_a_jobs_versions_the_newest_is_told_with_where_it_is(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = (
+                await listen(lab, POLICIES_TOPIC),
+                lab.orchestrator.auctioneer.announcer,
+            )
+            for version in range(5):
+                announcer.policy(policy(1, version))
+            announcer.policy(policy(2, 0))
+            await announcer.flush()
+            signed = SignedPolicies.decode(await arrival(heard))
+            assert signed.record.policies == (policy(1, 4), policy(2, 0))
+            assert signed.record.sources == ("http://b.invalid",)
+            assert signed.record.announced_at_ms == lab.time.now_ms()
+            signed.require_signer(lab.context.domain, lab.context.account.address)
+            await announcer.flush()
+            assert heard.empty()
+
+    run(scenario)
+
+
+def test_certificates_go_one_at_a_time_as_they_were_signed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = (
+                await listen(lab, CERTIFICATES_TOPIC),
+                lab.orchestrator.auctioneer.announcer,
+            )
+            certificate = Stage().published().certificate
+            announcer.certificate(certificate)
+            announcer.certificate(certificate)
+            await announcer.flush()
+            assert SignedCertificate.decode(await arrival(heard)) == certificate
+            assert heard.empty()
+            await announcer.flush()
+            await arrival(heard)
+
+    run(scenario)
+
+
+def test_what_is_too_large_to_gossip_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
+            monkeypatch.setattr(announcer_module, "MAX_ANNOUNCEMENT_BYTES", 100)
+            announcer.lot(lot())
+            await announcer.flush()
+            monkeypatch.undo()
+            announcer.lot(lot(epoch=8))
+            await announcer.flush()
+            assert SignedLots.decode(await arrival(heard)).record.lots == (lot(epoch=8),)
+
+    run(scenario)
+
+
+def test_the_fullest_message_of_lots_fits(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
+            for epoch in range(MAX_LOTS):
+                announcer.lot(
+                    lot(
+                        num_units=2**32 - 1,
+                        epoch=2**32 - 1 - epoch,
+                        lot_id="lot_" + "z" * 64,
+                        freshness_permille=(1_000,) * MAX_LAGS,
+                    )
+                )
+            await announcer.flush()
+            fullest: bytes = await arrival(heard)
+            assert len(fullest) <= MAX_ANNOUNCEMENT_BYTES
+
+    run(scenario)
+
+
+def test_the_announcer_runs_by_itself_and_rests_between_rounds(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
+            running = lab.start(announcer.run())
+            announcer.lot(lot(epoch=1))
+            assert SignedLots.decode(await arrival(heard)).record.lots[0].epoch == 1
+            # Told while it rests: both go together when it wakes.
+            announcer.lot(lot(epoch=2))
+            announcer.lot(lot(epoch=3))
+            assert len(SignedLots.decode(await arrival(heard)).record.lots) == 2
+            assert not running.done()
+
+    run(scenario)

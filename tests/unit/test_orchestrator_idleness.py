@@ -1,0 +1,135 @@
+"""The figures that a worker without leases is told, next to why it has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from orchestrator_bidders import sell, three
+from orchestrator_lab import Lab, Peer, open_lab, run
+
+from shoal.protocol.market import TaskKind
+from shoal.protocol.node import (
+    HEARTBEAT_PROTOCOL,
+    FailureCause,
+    Heartbeat,
+    HeartbeatReply,
+    IdleDetail,
+    IdleReason,
+)
+
+ROLLOUT = TaskKind.ROLLOUT
+
+
+async def told(peer: Peer) -> tuple[IdleReason, IdleDetail | None]:
+    """What the peer's heartbeat is answered with."""
+    raw = await peer.ask(HEARTBEAT_PROTOCOL, Heartbeat(leases=()).encode())
+    reply = HeartbeatReply.decode(raw)
+    return reply.idle_reason, reply.idle_detail
+
+
+@pytest.fixture(autouse=True)
+def _jobs_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing drives the lab's jobs, so the heartbeat is told that there are some."""
+    from shoal.orchestrator.auctioneer import Auctioneer
+
+    whole = Auctioneer.idle_reason
+    monkeypatch.setattr(
+        Auctioneer, "idle_reason", lambda self, node, has_jobs: whole(self, node, True)
+    )
+
+
+async def sold(lab: Lab) -> None:
+    sell(lab)
+    await lab.settled()
+
+
+def test_who_is_outbid_hears_its_place(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            _, _, dearest = await three(lab, capacity=3)
+            await lab.open_sale(job, num_units=5, parcel_units=3)
+            await sold(lab)
+            reason, detail = await told(dearest)
+            assert reason is IdleReason.OUTBID
+            assert detail is not None
+            assert (detail.kind, detail.place, detail.places) == (ROLLOUT, 3, 3)
+            assert detail.price_micros is not None
+
+    run(scenario)
+
+
+def test_who_is_too_dear_hears_both_prices(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            dear = await lab.peer()
+            await dear.bid(price_micros=700)
+            await lab.open_sale(job, num_units=2, reserve_micros=500)
+            await sold(lab)
+            assert await told(dear) == (
+                IdleReason.ABOVE_RESERVE,
+                IdleDetail(kind=ROLLOUT, limit_micros=500, price_micros=700),
+            )
+
+    run(scenario)
+
+
+def test_who_is_too_small_hears_both_sizes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            small = await lab.peer()
+            await small.bid(capacity=1)
+            await lab.open_sale(job, num_units=8, parcel_units=4)
+            await sold(lab)
+            assert await told(small) == (
+                IdleReason.TASK_TOO_LARGE,
+                IdleDetail(kind=ROLLOUT, task_units=4, capacity_units=1),
+            )
+
+    run(scenario)
+
+
+def test_whose_stake_is_too_small_hears_what_is_needed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            poor = await lab.peer()
+            await poor.bid()
+            sale = await lab.open_sale(job, reserve_micros=50_000)
+            await sold(lab)
+            reason, detail = await told(poor)
+            assert reason is IdleReason.STAKE_TOO_SMALL
+            needed = lab.orchestrator.record.backing_micros(sale.workload, 2)
+            stake = lab.context.config.min_stake_micros
+            assert needed > stake
+            assert detail == IdleDetail(
+                kind=ROLLOUT, needed_stake_micros=needed, free_stake_micros=stake
+            )
+
+    run(scenario)
+
+
+def test_who_is_paused_hears_for_how_long(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peer = await lab.peer()
+            await peer.bid()
+            offer, _ = await lab.lease(peer, await lab.open_sale(job))
+            await peer.fail(offer, FailureCause.OUT_OF_MEMORY)
+            lab.time.advance(4_000)
+            assert await told(peer) == (IdleReason.PAUSED, IdleDetail(wait_ms=6_000))
+
+    run(scenario)
+
+
+def test_a_reason_without_figures_has_no_detail(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            peer = await lab.peer()
+            assert await told(peer) == (IdleReason.STARTING, None)
+
+    run(scenario)
