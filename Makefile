@@ -31,7 +31,7 @@ check: setup ## format, lint, types, import rules, sizes, unit and property test
 	MYPYPATH=tests:tools $(BIN)/mypy $(PACKAGES:%=%/shoal) tests tools benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_sizes.py $(PACKAGES) tests tools benchmarks
-	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/property
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadscope tests/unit tests/property
 
 test: check contracts-check ## everything CI runs: both checks, then integration and end-to-end tests
 	$(BIN)/python -m pytest -q -m "not slow" tests/integration tests/e2e

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import struct
 from collections import Counter
@@ -163,12 +164,17 @@ class Attack:
         address: The target, ending in its peer id.
         seed: Chooses every message.
         pace_s: Pause between two messages.
+        gives_up: A stranger who is turned away at the door, as where its address is banned, has
+            one message less to send.
     """
 
-    def __init__(self, address: str, seed: int, *, pace_s: float = 0.0) -> None:
+    def __init__(
+        self, address: str, seed: int, *, pace_s: float = 0.0, gives_up: bool = False
+    ) -> None:
         self._target = info_from_p2p_addr(Multiaddr(address))
         self._draw = random.Random(seed)
         self._pace_s = pace_s
+        self._gives_up = gives_up
         # Half of the strangers share one name.
         self._shared = create_new_key_pair()
         self.sent: Counter[str] = Counter()
@@ -194,6 +200,8 @@ class Attack:
             except Exception:
                 # The library's own end of a misused connection fails in many ways; it is the
                 # target that is on trial.
+                if self._gives_up:
+                    left[self._draw.choice(list(left))] -= 1
                 await trio.sleep(0.01)
             left = {name: number for name, number in left.items() if number > 0}
 
@@ -271,6 +279,11 @@ def http_messages(digest: str, seed: int) -> Iterator[bytes]:
     messages = iter(Malformer(valid, seed))
     while True:
         yield draw.choice(valid) if draw.random() < 0.3 else next(messages)
+
+
+def come_from(address: str) -> None:
+    """From now on this process dials from `address`, one of this machine's own."""
+    trio.open_tcp_stream = functools.partial(trio.open_tcp_stream, local_address=address)
 
 
 async def pour_on(port: int, messages: Iterable[bytes], *, pace_s: float = 0.0) -> int:

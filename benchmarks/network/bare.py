@@ -1,8 +1,12 @@
-"""py-libp2p with nothing of Shoal around it: Noise, Yamux, one stream. The limit for streams."""
+"""py-libp2p with nothing of Shoal around it: Noise, Yamux, one stream.
+
+Shoal mends the library for the whole process it runs in, so what is to be bare runs in a party.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -44,6 +48,24 @@ def bare_host() -> IHost:
 
 
 async def server(size_bytes: int) -> None:
+    """See `serving`; the library is as it came."""
+    _require_bare()
+    await serving(size_bytes)
+
+
+async def poured(address: str, size_bytes: int) -> None:
+    """Says in how many seconds one stream from `address` brings `size_bytes`."""
+    _require_bare()
+    say(await asyncio.to_thread(pour_s, address, size_bytes))
+    await until_dismissed()
+
+
+def _require_bare() -> None:
+    if "shoal.network.libp2p_host" in sys.modules:
+        raise RuntimeError("this process has Shoal's host in it; start a party for what is bare")
+
+
+async def serving(size_bytes: int) -> None:
     """Pours `size_bytes` into each stream of `POUR` and answers `ECHO`; says its address."""
     token: list[trio.lowlevel.TrioToken] = []
     stop = trio.Event()

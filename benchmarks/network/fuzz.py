@@ -24,6 +24,7 @@ import trio
 
 from benchmarks.network.parties import Party, lines, party, say, until_dismissed
 from benchmarks.network.table import Finding, main_of, milliseconds, percentile
+from shoal.network.bans import Bans
 from shoal.network.blob_server import BlobServer
 from shoal.network.blob_service import BlobService
 from shoal.network.blob_store import BlobStore
@@ -35,27 +36,34 @@ from shoal.protocol.node import HEARTBEAT_PROTOCOL
 # The strangers and the well-formed messages that the tests use.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from hostile import Attack, http_messages, pour_on, raw_messages
+from hostile import Attack, come_from, http_messages, pour_on, raw_messages
 from wire_samples import Exchange, exchanges
 
 SEED = int(os.environ.get("SHOAL_FUZZ_SEED", "5"))
 BEAT_PAUSE_S = 0.02
 PACE_S = 0.002
+STRANGERS = "127.0.0.2"
+BESIDE: tuple[str, ...] = ("nice", "-n", "19")
+"""Strangers have machines of their own: what they compute on this one is left out."""
 LIMIT_GROWTH_MIB = 50
 LIMIT_P99 = 2.0
 BLOB = bytes(range(256)) * 256
 
 
-async def target() -> None:
+async def target(is_banning: bool) -> None:
     """A node that reads every protocol as the real parties do, and a blob server.
 
-    Says both addresses and the blob; to any line, how many errors it has logged.
+    It may ban the strangers' address, as it would any but this machine's own; not banning, it
+    stands for many strangers.  Says both addresses and the blob; to any line, what errors it has
+    logged and whom it has banned or refused.
     """
     errors: list[str] = []
     _collect_errors(errors)
     with TemporaryDirectory(prefix="shoal-bench-") as name:
         store = BlobStore(Path(name), 1 << 30)
-        node = Libp2pNode(NodeIdentity.generate(), "/ip4/127.0.0.1/tcp/0")
+        shared = ("127.0.0.1/32",) if is_banning else ("127.0.0.0/8",)
+        bans = Bans(time.monotonic, shared_addresses=shared)
+        node = Libp2pNode(NodeIdentity.generate(), "/ip4/127.0.0.1/tcp/0", bans=bans)
         for protocol, exchange in exchanges().items():
             _serve(node, protocol, exchange)
         BlobService(store, node).start()
@@ -64,9 +72,17 @@ async def target() -> None:
         await server.start()
         say(json.dumps([node.addresses[0], server.url, store.put_bytes(BLOB).sha256]))
         async for _ in lines():
-            say(json.dumps(errors[:5]))
+            say(json.dumps([errors[:5], _kept_out(node)]))
         await server.stop()
         await node.stop()
+
+
+def _kept_out(node: Libp2pNode) -> dict[str, float]:
+    counted: dict[str, float] = {}
+    for sample in node.meters.snapshot():
+        if sample.name in ("bans", "connections_refused"):
+            counted[sample.name] = counted.get(sample.name, 0) + sample.value
+    return counted
 
 
 def _serve(node: Libp2pNode, protocol: str, exchange: Exchange) -> None:
@@ -87,8 +103,9 @@ def _collect_errors(errors: list[str]) -> None:
 
 async def strangers(address: str, count: int, seed: int) -> None:
     """`count` malformed messages of every kind are sent to the node; says how many in all."""
+    come_from(STRANGERS)
     say("ready")
-    attack = Attack(address, seed, pace_s=PACE_S)
+    attack = Attack(address, seed, pace_s=PACE_S, gives_up=True)
     await asyncio.to_thread(attack.run, count)
     say(attack.sent.total())
     await until_dismissed()
@@ -96,6 +113,7 @@ async def strangers(address: str, count: int, seed: int) -> None:
 
 async def callers(port: int, url_port: int, digest: str, count: int, seed: int) -> None:
     """`count` malformed messages to each of the two ports; says how many in all."""
+    come_from(STRANGERS)
     say("ready")
     sent = 0
     for aim, messages in ((port, raw_messages(seed)), (url_port, http_messages(digest, seed))):
@@ -130,12 +148,14 @@ class Outcome:
     quiet_s: list[float]
     flooded_s: list[float]
     errors: list[str]
+    kept_out: dict[str, int]
+    took_s: float
 
 
-async def flood(count: int, quiet_for_s: float) -> Outcome:
+async def flood(count: int, quiet_for_s: float, *, is_banning: bool) -> Outcome:
     """`count` messages of every kind, with an honest peer beating before and meanwhile."""
     async with AsyncExitStack() as stack:
-        victim = await stack.enter_async_context(party(target))
+        victim = await stack.enter_async_context(party(target, is_banning))
         address, url, digest = json.loads(victim.ready)
         process = psutil.Process(victim.pid)
         honest = Libp2pNode(NodeIdentity.generate())
@@ -149,22 +169,27 @@ async def flood(count: int, quiet_for_s: float) -> Outcome:
         before = process.memory_info().rss
         over = asyncio.Event()
         beating = asyncio.create_task(beats_s(honest, peer, over))
+        begun_s = time.monotonic()
         sent = await _send(address, url, digest, count, SEED + 1)
         over.set()
+        took_s = time.monotonic() - begun_s
+        errors, kept_out = json.loads(await victim.ask("errors"))
         return Outcome(
             sent=sent,
             growth_bytes=process.memory_info().rss - before,
             quiet_s=quiet_s,
             flooded_s=await beating,
-            errors=json.loads(await victim.ask("errors")),
+            errors=errors,
+            kept_out=kept_out,
+            took_s=took_s,
         )
 
 
 async def _send(address: str, url: str, digest: str, count: int, seed: int) -> int:
     port, url_port = int(address.split("/")[4]), int(url.rpartition(":")[2])
     async with (
-        party(strangers, address, count, seed) as libp2p,
-        party(callers, port, url_port, digest, 10 * count, seed) as sockets,
+        party(strangers, address, count, seed, prefix=BESIDE) as libp2p,
+        party(callers, port, url_port, digest, 10 * count, seed, prefix=BESIDE) as sockets,
     ):
         return sum(await asyncio.gather(_sent_by(libp2p), _sent_by(sockets)))
 
@@ -175,24 +200,34 @@ async def _sent_by(one: Party) -> int:
 
 def findings(*, quick: bool) -> Iterator[Finding]:
     """Memory, errors and an honest peer's heartbeats under malformed messages of every kind."""
-    outcome = asyncio.run(flood(10 if quick else 400, 5.0 if quick else 30.0))
+    for is_banning in (True, False):
+        flooding = flood(10 if quick else 400, 5.0 if quick else 30.0, is_banning=is_banning)
+        yield from _told(asyncio.run(flooding), "" if is_banning else ", no address banned")
+
+
+def _told(outcome: Outcome, under: str) -> Iterator[Finding]:
     growth_mib = outcome.growth_bytes / 2**20
+    rate = outcome.sent / outcome.took_s
     yield Finding(
-        what=f"memory after {outcome.sent:,} malformed messages (seed {SEED})",
-        measured=f"{growth_mib:+.1f} MiB",
+        what=f"memory after {outcome.sent:,} malformed messages (seed {SEED}){under}",
+        measured=f"{growth_mib:+.1f} MiB; {rate:,.0f} messages/s, "
+        f"{outcome.kept_out.get('bans', 0):,} bans, "
+        f"{outcome.kept_out.get('connections_refused', 0):,} connections refused",
         wanted=f"≤ {LIMIT_GROWTH_MIB} MiB",
         reached=growth_mib <= LIMIT_GROWTH_MIB,
     )
     yield Finding(
-        what="errors in the node's log",
+        what=f"errors in the node's log{under}",
         measured="; ".join(outcome.errors) or "none",
         wanted="none",
         reached=not outcome.errors,
     )
     ratio = percentile(outcome.flooded_s, 0.99) / percentile(outcome.quiet_s, 0.99)
-    yield Finding(what="an honest peer's heartbeat, quiet", measured=milliseconds(outcome.quiet_s))
     yield Finding(
-        what="an honest peer's heartbeat, meanwhile",
+        what=f"an honest peer's heartbeat, quiet{under}", measured=milliseconds(outcome.quiet_s)
+    )
+    yield Finding(
+        what=f"an honest peer's heartbeat, meanwhile{under}",
         measured=f"{milliseconds(outcome.flooded_s)}: p99 {ratio:.2f} times as long",
         wanted=f"≤ {LIMIT_P99:g} times",
         reached=ratio <= LIMIT_P99,

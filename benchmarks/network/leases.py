@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 from benchmarks.network import bare
-from benchmarks.network.parties import crowd, party, tcp_echo
+from benchmarks.network.crew import crew
+from benchmarks.network.parties import party, tcp_echo
 from benchmarks.network.table import Finding, main_of, milliseconds, percentile
 from shoal.network.identity import NodeIdentity
 from shoal.network.libp2p_node import Libp2pNode
@@ -39,7 +40,7 @@ async def workers(beat_s: float) -> AsyncIterator[tuple[Libp2pNode, list[PeerId]
     node.serve(HEARTBEAT_PROTOCOL, heartbeat)
     await node.start()
     try:
-        async with party(crowd, node.addresses[0], WORKERS, beat_s, BEAT_BYTES) as others:
+        async with party(crew, node.addresses[0], WORKERS, beat_s, BEAT_BYTES) as others:
             peers = [PeerId(name) for name in json.loads(others.ready)["peers"]]
             async with asyncio.timeout(30):
                 while not node.peers() >= set(peers):  # noqa: ASYNC110  # the port tells of peers lost, not found

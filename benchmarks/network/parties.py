@@ -12,10 +12,8 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,10 @@ from aiohttp import web
 
 from shoal.network.blob_server import BlobServer
 from shoal.network.blob_store import BlobStore
-from shoal.network.identity import NodeIdentity
-from shoal.network.libp2p_node import Libp2pNode
-from shoal.network.port import Limits
-from shoal.protocol.errors import ShoalError
-from shoal.protocol.ids import PeerId
-from shoal.protocol.node import HEARTBEAT_PROTOCOL, LEASE_PROTOCOL
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 20.0
-_CONNECTING_AT_ONCE = 8
 _MAX_LINE_BYTES = 16 << 20
-_DIALS = 6
 
 
 class Party:
@@ -154,97 +144,6 @@ async def tcp_echo() -> None:
     say(server.sockets[0].getsockname()[1])
     await until_dismissed()
     server.close()
-
-
-async def front_desk(beat_reply_bytes: int) -> None:
-    """A node that takes heartbeats from as many as come; says its address."""
-
-    async def heartbeat(_peer: PeerId, _payload: bytes) -> bytes:
-        return bytes(beat_reply_bytes)
-
-    limits = Limits(max_connections=1024)
-    node = Libp2pNode(NodeIdentity.generate(), "/ip4/127.0.0.1/tcp/0", limits=limits)
-    node.serve(HEARTBEAT_PROTOCOL, heartbeat)
-    await node.start()
-    say(node.addresses[0])
-    async for _ in lines():
-        say(len(node.peers()))
-    await node.stop()
-
-
-@dataclass
-class _Fared:
-    """How a crowd's workers fared."""
-
-    connect_s: list[float] = field(default_factory=list)
-    beats_s: list[float] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-
-async def crowd(address: str, count: int, beat_s: float, beat_bytes: int) -> None:
-    """`count` workers dial `address` and beat every `beat_s`; 0 is quiet.
-
-    Each serves ``/shoal/lease/1`` over the connection it dialled.  Says its workers' names
-    and connect times; then, to any line, how its beats fared since the last.
-    """
-    gate = asyncio.Semaphore(_CONNECTING_AT_ONCE)
-    fared = _Fared()
-    joined = await asyncio.gather(*(_join(address, gate, fared) for _ in range(count)))
-    beating = [
-        asyncio.create_task(
-            _beat(node, peer, beat_s, bytes(beat_bytes), number / count * beat_s, fared)
-        )
-        for number, (node, peer) in enumerate(joined)
-        if beat_s
-    ]
-    peers = [node.peer_id for node, _ in joined]
-    say(json.dumps({"peers": peers, "connect_s": fared.connect_s}))
-    async for _ in lines():
-        failures = fared.failures
-        say(json.dumps({"beats_s": fared.beats_s, "failures": failures[:5], "lost": len(failures)}))
-        fared.beats_s.clear()
-        fared.failures.clear()
-    for task in beating:
-        task.cancel()
-    await asyncio.gather(*beating, return_exceptions=True)
-    await asyncio.gather(*(node.stop() for node, _ in joined))
-
-
-async def _join(address: str, gate: asyncio.Semaphore, fared: _Fared) -> tuple[Libp2pNode, PeerId]:
-    async def lease(_peer: PeerId, _payload: bytes) -> bytes:
-        return bytes(64)
-
-    async with gate:
-        node = Libp2pNode(NodeIdentity.generate())
-        node.serve(LEASE_PROTOCOL, lease)
-        await node.start()
-        for _ in range(_DIALS):
-            begun_s = time.perf_counter()
-            try:
-                peer = await node.connect(address, timeout_s=60)
-            except ShoalError as error:
-                fared.failures.append(error.message)
-                await asyncio.sleep(1.0)
-                continue
-            fared.connect_s.append(time.perf_counter() - begun_s)
-            return node, peer
-        raise RuntimeError(f"no connection in {_DIALS} dials: {fared.failures[-1]}")
-
-
-async def _beat(
-    node: Libp2pNode, peer: PeerId, beat_s: float, beat: bytes, after_s: float, fared: _Fared
-) -> None:
-    await asyncio.sleep(after_s)
-    due_s = time.perf_counter()
-    while True:
-        begun_s = time.perf_counter()
-        try:
-            await node.request(peer, HEARTBEAT_PROTOCOL, beat, timeout_s=10)
-            fared.beats_s.append(time.perf_counter() - begun_s)
-        except ShoalError as error:
-            fared.failures.append(error.message)
-        due_s = max(due_s + beat_s, time.perf_counter())
-        await asyncio.sleep(due_s - time.perf_counter())
 
 
 def allow_many_files() -> None:

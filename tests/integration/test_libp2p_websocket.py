@@ -145,6 +145,10 @@ def test_plaintext_is_refused_on_websocket_too() -> None:
             dial = lambda: trio.run(plaintext_dial, server.addresses[0])  # noqa: E731
             assert not await asyncio.to_thread(dial)
             assert server.peers() == frozenset()
+            async with asyncio.timeout(WAIT_S):
+                # The caller hears of the refusal before it is counted.
+                while not server.meters.value("connections_refused", cause="handshake"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
             assert server.meters.value("connections_refused", cause="handshake") == 1
 
     asyncio.run(run())

@@ -132,10 +132,12 @@ def test_a_holder_the_orchestrator_forgot_is_found_in_the_table_of_providers(
         # Without the table nobody is left to ask.
         alone = await lab.join(share=False)
         alone.swarm._discovery = None
-        lab.origin.desk._directory.withdraw(holder.network.peer_id)
+        directory = lab.origin.desk._directory
+        directory.withdraw(holder.network.peer_id)
+        # Nor is it told again by the holder, which says every few seconds what it has.
+        monkeypatch.setattr(directory, "announce", lambda *_, **__: None)
         with pytest.raises(Unavailable, match="No source"):
             await alone.fetch(ref, lab.origin.source)
-        lab.origin.desk._directory.withdraw(holder.network.peer_id)
         assert (await seeker.fetch(ref, lab.origin.source)).read_bytes() == data
         await table.stop()
 

@@ -207,3 +207,11 @@ def test_slow_holders_last_piece_is_copied_within_a_tenth() -> None:
             board.accept(chunk)
     assert board.is_done
     assert 0 < extra <= sum(sizes) // 10
+
+
+def test_holder_is_asked_for_no_longer_a_piece_than_it_takes() -> None:
+    peer, fast_http = Giver("peer", max_piece_bytes=1 << 20, rate=1e9), Giver("http", rate=1e9)
+    for giver, longest in ((peer, 1 << 20), (fast_http, CHUNK_BYTES)):
+        reading = Board([CHUNK_BYTES] * 4, range(4), None).take(giver, 0.0)
+        assert reading is not None
+        assert reading.end - reading.start == longest

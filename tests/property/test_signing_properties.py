@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import rfc8785
 from eth_account.messages import encode_typed_data
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.protocol.canonical import canonical_bytes
 from shoal.protocol.certificate import ClearingCertificate
+from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import Job, JobCommand
 from shoal.protocol.market import Bid, Lease
 from shoal.protocol.node import NodeBinding
@@ -107,3 +109,10 @@ def test_what_is_signed_is_eip_712_typed_data(
         ]
     }
     assert _typed(fake, domain) == encode_typed_data(domain.eip712(), types, message)
+
+
+@pytest.mark.parametrize("value", [2**64, {"a": [1, -(2**53)]}, [float("nan")], float("inf")])
+def test_what_has_no_canonical_form_is_refused_in_words(value: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        canonical_bytes(value)
+    assert caught.value.code == "not_canonical"

@@ -54,7 +54,7 @@ def test_the_straight_way_through() -> None:
     ("record", "last_good_ms", "clock"),
     [
         (offer(lease()), NOW_MS + 2_000, Clock.START),
-        (running(), NOW_MS + 3_000, Clock.HEARTBEAT),
+        (running(), NOW_MS + 5_000, Clock.HEARTBEAT),
         (offer(lease(), progress_window_ms=500), NOW_MS + 2_000, Clock.START),
         (
             start(
@@ -106,8 +106,8 @@ def test_the_offer_the_start_and_the_heartbeat_have_clocks_of_their_own() -> Non
     begun = heartbeat(taken, node=peer(1), lease_epoch=2, progress=0, now_ms=NOW_MS + 2_000)
     assert begun.state is LeaseState.RUNNING
     assert take(begun, node=peer(1), lease_epoch=2, now_ms=NOW_MS + 2_001) == begun
-    assert due(begun, NOW_MS + 5_000) is None
-    assert expire_if_due(begun, now_ms=NOW_MS + 5_001).clock is Clock.HEARTBEAT
+    assert due(begun, NOW_MS + 7_000) is None
+    assert expire_if_due(begun, now_ms=NOW_MS + 7_001).clock is Clock.HEARTBEAT
 
 
 def test_a_lease_that_was_taken_can_be_given_back_or_handed_in() -> None:
@@ -204,8 +204,8 @@ def test_deadlines_are_three_times_the_slow_tenth() -> None:
 
 def test_excused_time_moves_the_clocks_of_silence_and_no_other() -> None:
     record = excuse(running(), silent_ms=5_000, now_ms=NOW_MS + 6_000)
-    assert due(record, NOW_MS + 8_000) is None
-    assert due(record, NOW_MS + 8_001) is Clock.HEARTBEAT
+    assert due(record, NOW_MS + 10_000) is None
+    assert due(record, NOW_MS + 10_001) is Clock.HEARTBEAT
     assert due(record, record.lease.deadline_ms + 1) is Clock.DEADLINE
     # Never into the future: what was heard just now is not heard later.
     assert excuse(running(), silent_ms=99_000, now_ms=NOW_MS + 10).heard_at_ms == NOW_MS + 10

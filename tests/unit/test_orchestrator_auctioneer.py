@@ -375,7 +375,7 @@ def test_lots_and_certificates_are_gossiped_and_a_network_that_cannot_holds_noth
             await lab.orchestrator.auctioneer.announcer.flush()
             # Both lots together, so that a burst of them is one message.
             lots = Signed[LotAnnouncement].decode(await arrival(heard))
-            assert lots.signer(lab.context.domain) == account
+            lots.require_signer(lab.context.domain, account)
             assert lots.record.lots == tuple(sale.workload.lot for sale in sales)
             sell(lab)
             await arrival(peer.offers)

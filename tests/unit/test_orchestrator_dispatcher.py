@@ -166,8 +166,8 @@ def test_a_database_that_fails_an_ending_loses_no_unit(
 @pytest.mark.parametrize(
     ("beats_ms", "ends_ms", "clock"),
     [
-        ((), 3_001, Clock.HEARTBEAT),
-        ((1_000, 2_000), 5_001, Clock.HEARTBEAT),
+        ((), 5_001, Clock.HEARTBEAT),
+        ((1_000, 2_000), 7_001, Clock.HEARTBEAT),
         (tuple(range(1_000, 31_000, 1_000)), 30_001, Clock.DEADLINE),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_unit_that_fails_too_often_ends_its_job(tmp_path: Path) -> None:
                 assert not deal.sale.abandoned
                 offer, _ = await deal.lease()
                 assert offer.lease.record.lease_epoch == attempt
-                lab.time.advance(3_001)
+                lab.time.advance(5_001)
                 await deal.dispatcher.reap()
             error = deal.sale.abandoned[0]
             assert (type(error), error.code) == (InvalidRequest, "attempts_exhausted")
@@ -303,7 +303,7 @@ def test_a_late_result_names_the_clock_and_changes_nothing(tmp_path: Path) -> No
             deal = await Deal.make(lab)
             offer, live = await deal.lease()
             deal.upload()
-            lab.time.advance(3_001)
+            lab.time.advance(5_001)
             await deal.dispatcher.reap()
             ended = live.record
             with pytest.raises(Expired) as caught:
@@ -330,7 +330,7 @@ def test_results_of_other_epochs_and_leases_are_refused(
         async with open_lab(tmp_path) as lab:
             deal = await Deal.make(lab)
             await deal.lease()
-            lab.time.advance(3_001)
+            lab.time.advance(5_001)
             await deal.dispatcher.reap()
             offer, live = await deal.lease()
             assert offer.lease.record.lease_epoch == 2
@@ -457,7 +457,7 @@ def test_a_token_stores_one_result_of_its_lease_and_nothing_else(tmp_path: Path)
             with pytest.raises(Unauthorised) as used:
                 await authorise(token, "b" * 64, 1)
             assert used.value.code == "token_used"
-            lab.time.advance(3_001)
+            lab.time.advance(5_001)
             await deal.dispatcher.reap()
             with pytest.raises(Unauthorised):
                 await authorise(token, "a" * 64, most)
@@ -498,7 +498,7 @@ def test_claimed_slowness_does_not_stretch_deadlines_beyond_the_ceiling(tmp_path
             assert offer.lease.record.deadline_ms == lab.time.now_ms() + 90_000
             pace.forget(deal.job)
             pace.note(deal.job, TaskKind.ROLLOUT, node, 10_000)
-            lab.time.advance(3_001)
+            lab.time.advance(5_001)
             await deal.dispatcher.reap()
             offer, _ = await deal.lease()
             assert offer.lease.record.deadline_ms == lab.time.now_ms() + 3 * 10_000 * 2

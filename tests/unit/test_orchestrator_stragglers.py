@@ -23,7 +23,7 @@ from shoal.rl.batch import RolloutPayload, RowLimits
 from shoal.rl.rollout import run_rollout
 
 UNIT_MS = 1_000
-LATE_MS = 3 * 2 * UNIT_MS + 5_000
+LATE_MS = 3 * 2 * UNIT_MS + 2_000
 
 
 @pytest.fixture(scope="module")

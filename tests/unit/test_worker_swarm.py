@@ -253,7 +253,7 @@ async def test_blobs_of_medium_size_have_a_fine_list(lab: SwarmLab) -> None:
     assert await fine.of("a" * 64) is None
     listed = await fine.of(medium.sha256)
     data = store.read(medium.sha256)
-    parts = (data[:FINE_CHUNK_BYTES], data[FINE_CHUNK_BYTES:])
+    parts = (data[at : at + FINE_CHUNK_BYTES] for at in range(0, len(data), FINE_CHUNK_BYTES))
     assert listed == "".join(sha256_hex(part) for part in parts)
 
 
@@ -308,7 +308,7 @@ def nudged(data: bytes, seed: int, share: float = 0.01) -> bytes:
 @in_lab
 async def test_who_holds_the_version_before_fetches_only_what_differs(lab: SwarmLab) -> None:
     store, deltas = lab.origin.store, lab.origin.deltas
-    datas = [noise(1 << 20)]
+    datas = [noise(SIZE)]
     for seed in range(3):
         datas.append(nudged(datas[-1], seed))
     refs = [store.put_bytes(data, pin=True) for data in datas]
@@ -334,7 +334,7 @@ async def test_who_holds_the_version_before_fetches_only_what_differs(lab: Swarm
 @in_lab
 async def test_a_wrong_delta_costs_a_try_and_no_more(lab: SwarmLab) -> None:
     store, deltas = lab.origin.store, lab.origin.deltas
-    old = noise(1 << 20)
+    old = noise(SIZE)
     new, other = nudged(old, 1), nudged(old, 2)
     old_ref, new_ref = store.put_bytes(old), store.put_bytes(new)
     worker = await lab.join()
@@ -348,8 +348,8 @@ async def test_a_wrong_delta_costs_a_try_and_no_more(lab: SwarmLab) -> None:
 @in_lab
 async def test_what_differs_much_or_is_an_anchor_gets_no_delta(lab: SwarmLab) -> None:
     store, deltas = lab.origin.store, lab.origin.deltas
-    old = noise(1 << 20)
-    refs = [store.put_bytes(data) for data in (old, noise(1 << 20, 1), nudged(old, 1))]
+    old = noise(SIZE)
+    refs = [store.put_bytes(data) for data in (old, noise(SIZE, 1), nudged(old, 1))]
     deltas.follow(version(1, refs[0]), version(2, refs[1]))
     assert await deltas.leading_to(refs[1].sha256) == ()
     deltas.follow(version(9, refs[0]), version(10, refs[2]))

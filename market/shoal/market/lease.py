@@ -30,7 +30,10 @@ from shoal.protocol.market import Lease
 from shoal.protocol.node import FailureCause
 from shoal.protocol.record import Record
 
-MISSED_HEARTBEATS = 3
+MISSED_HEARTBEATS = 5
+"""Three were too few: on a line that loses packets, TCP's pauses double with each loss in a row
+(0.2, 0.4, 0.8, 1.6 s; RFC 6298 section 5.5), and a second node takes over what stands still sooner.
+"""
 DEFAULT_PROGRESS_WINDOW_MS = 60_000
 DEADLINE_FACTOR = 3
 """A lease may last three times p90. Source: docs/architecture, "Market"."""

@@ -37,12 +37,14 @@ class Giver:
         name: The source, as it was given.
         chunks: What it holds; None for everything.
         max_readings: How many pieces may be asked of it at once.
+        max_piece_bytes: The longest piece asked of it.
         rate: Bytes per second of one piece, smoothed; 0 until the first has come.
     """
 
     name: str
     chunks: frozenset[int] | None = None
     max_readings: int = 2
+    max_piece_bytes: int = CHUNK_BYTES
     rate: float = 0.0
     failures: int = 0
     fault: str = ""
@@ -290,12 +292,12 @@ class Board:
         if len(usable) > 1:
             # Ever smaller towards the end, so that all of them finish together.
             num_slots = sum(other.max_readings for other in usable)
-            left = sum(self._sizes[index] for index in self._missing[: 2 * num_slots]) + sum(
+            left = sum(self._sizes[index] for index in self._missing[:num_slots]) + sum(
                 end - start for chunk in self._open.values() for start, end in chunk.waiting
             )
-            wanted = min(wanted, left / (2 * num_slots))
+            wanted = min(wanted, left / num_slots)
         whole = int(wanted) // _MIN_PIECE_BYTES * _MIN_PIECE_BYTES
-        return max(_MIN_PIECE_BYTES, min(CHUNK_BYTES, whole))
+        return max(_MIN_PIECE_BYTES, min(giver.max_piece_bytes, whole))
 
     def _rarest(self, giver: Giver, now_s: float) -> int | None:
         """The missing chunk that fewest holders have, of those that this one may give."""

@@ -184,7 +184,7 @@ class BlobClient:
         body = self._store.read(ref.sha256) if small else self._store.open(ref.sha256)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
-            async with self._opener.session(allow_private=True).put(
+            async with self._opener.session(allow_private=True, uploads=True).put(
                 address, data=body, headers=headers, timeout=timeout
             ) as answer:
                 if answer.status not in {200, 201}:

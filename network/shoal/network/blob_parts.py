@@ -36,6 +36,8 @@ async def to_the_end(function: Callable[[], T]) -> T:
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # a cancelled caller does not ask for it
 
 
 class PartialBlob:

@@ -14,6 +14,7 @@ from yarl import URL
 from shoal.network.blob_chunks import BLOB_PROTOCOL, Span, encode_span
 from shoal.network.egress import PublicResolver, check_url
 from shoal.network.port import Network
+from shoal.protocol.blob import CHUNK_BYTES
 from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import (
     InvalidRequest,
@@ -31,6 +32,8 @@ CONNECT_TIMEOUT_S: Final = 5.0
 _READ_BYTES: Final = 1 << 18
 _MAX_ERROR_BYTES: Final = 16 << 10
 _PAUSE_TIMEOUT_S: Final = 15.0
+# Below the thirty seconds after which a `BlobServer` closes a quiet connection.
+_KEPT_S: Final = 25.0
 _DIAL_TIMEOUT_S: Final = 10.0
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
@@ -61,6 +64,11 @@ class BlobSource(Protocol):
         ...
 
     @property
+    def max_piece_bytes(self) -> int:
+        """The longest range that is worth asking at once."""
+        ...
+
+    @property
     def shows_progress(self) -> bool:
         """True when `read_into` tells of bytes as they come, and not of all at the end."""
         ...
@@ -85,6 +93,7 @@ class HttpSource:
     """
 
     max_readings = 3
+    max_piece_bytes = CHUNK_BYTES
     shows_progress = True
 
     def __init__(self, session: aiohttp.ClientSession, base: URL) -> None:
@@ -172,6 +181,8 @@ class PeerSource:
 
     # One answer being read, one on its way, one being prepared.
     max_readings = 3
+    # A reply is held in memory whole, and fresh memory for it costs more than one more request.
+    max_piece_bytes = 1 << 20
     shows_progress = False
 
     def __init__(self, network: Network, address: str, floor_bytes_per_s: float) -> None:
@@ -214,7 +225,7 @@ class SourceOpener:
     def __init__(self, network: Network | None, floor_bytes_per_s: float) -> None:
         self._network = network
         self._floor = floor_bytes_per_s
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._sessions: dict[tuple[bool, bool], aiohttp.ClientSession] = {}
 
     def open(self, holder: Holder) -> BlobSource:
         """The source of that name.
@@ -234,17 +245,23 @@ class SourceOpener:
         url = check_url(holder.source, allow_private=holder.allow_private)
         return HttpSource(self.session(allow_private=holder.allow_private), url)
 
-    def session(self, *, allow_private: bool) -> aiohttp.ClientSession:
-        """The session that may, or may not, connect to addresses that are not public."""
-        session = self._sessions.get(allow_private)
+    def session(self, *, allow_private: bool, uploads: bool = False) -> aiohttp.ClientSession:
+        """The session that may, or may not, connect to addresses that are not public.
+
+        Uploads have connections of their own: TCP learns for each direction apart how much the
+        line bears, and on a long one a connection that only ever fetched takes many round trips
+        to learn it.
+        """
+        session = self._sessions.get((allow_private, uploads))
         if session is None or session.closed:
-            session = self._sessions[allow_private] = aiohttp.ClientSession(
+            session = self._sessions[allow_private, uploads] = aiohttp.ClientSession(
                 auto_decompress=False,
                 trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 connector=aiohttp.TCPConnector(
                     limit=64,
                     limit_per_host=8,
+                    keepalive_timeout=_KEPT_S,
                     resolver=None if allow_private else PublicResolver(),
                 ),
                 read_bufsize=_READ_BYTES,

@@ -24,6 +24,8 @@ _MAX_GIVERS: Final = 32
 _FINE_READINGS: Final = 4
 """Small chunks on their way from all holders together, as long as each has one."""
 _IDLE_WAIT_S: Final = 0.1
+_MAX_CHECKS: Final = 4
+"""Chunks being hashed and written while their holders already bring the next."""
 # One may have been under way when the last holder was lost; the next knows of it.
 _LAST_POLLS: Final = 2
 _REST_AFTER_FAILURE_S: Final = 0.1
@@ -96,6 +98,7 @@ class Transfer:
         self._readers: dict[str, _Reader] = {}
         self._refused: dict[str, str] = {}
         self._reads: dict[Reading, asyncio.Future[None]] = {}
+        self._checks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._now_s = asyncio.get_running_loop().time
         self._moved_s = self._now_s()
@@ -114,21 +117,23 @@ class Transfer:
                 poll = asyncio.ensure_future(self._poll(self._listener.more_sources))
             while not self._board.is_done:
                 self._raise_failures(poll)
-                if not self._board.num_readings and self._is_hopeless():
+                if not (self._board.num_readings or self._checks) and self._is_hopeless():
                     raise nobody_has(self._blob.ref, self._faults())
                 await self._wait(_IDLE_WAIT_S)
         finally:
             tasks = [task for reader in self._readers.values() for task in reader.tasks]
-            for task in [*tasks, *([poll] if poll else [])]:
+            tasks += [*self._checks, *([poll] if poll else [])]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, *([poll] if poll else []), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _raise_failures(self, poll: asyncio.Task[None] | None) -> None:
         """Whatever ended a task that is not a holder's doing ends the transfer."""
-        for reader in self._readers.values():
-            for task in reader.tasks:
-                if task.done():
-                    task.result()
+        working = [task for reader in self._readers.values() for task in reader.tasks]
+        for task in [*working, *self._checks]:
+            if task.done():
+                task.result()
+        self._checks = {task for task in self._checks if not task.done()}
         if poll is not None and poll.done():
             poll.result()
 
@@ -155,7 +160,12 @@ class Transfer:
                 self._refused[name] = error.message
                 self._listener.on_given_up(name, False)
                 continue
-            giver = Giver(name, chunks=holder.chunks, max_readings=source.max_readings)
+            giver = Giver(
+                name,
+                chunks=holder.chunks,
+                max_readings=source.max_readings,
+                max_piece_bytes=source.max_piece_bytes,
+            )
             reader = self._readers[name] = _Reader(giver, source)
             self._board.givers[name] = giver
             self._moved_s = self._now_s()
@@ -232,7 +242,7 @@ class Transfer:
             for other in needless:
                 self._reads.pop(other).cancel()
             if chunk is not None:
-                await self._verify(chunk)
+                await self._check(chunk)
 
     async def _bring(self, reader: _Reader, reading: Reading) -> bool:
         """True when the piece is here; False when another holder brought it first."""
@@ -285,6 +295,12 @@ class Transfer:
             return
         giver.failures, giver.fault = giver.failures + 1, in_words(error)
         giver.rests_until_s = now_s + _REST_AFTER_FAILURE_S * 2**giver.failures
+
+    async def _check(self, chunk: Chunk) -> None:
+        """The chunk is being verified; waited for only where too many are."""
+        self._checks.add(asyncio.ensure_future(self._verify(chunk)))
+        while sum(not task.done() for task in self._checks) >= _MAX_CHECKS:
+            await self._wait(_IDLE_WAIT_S)
 
     async def _verify(self, chunk: Chunk) -> None:
         right = await to_the_end(partial(self._blob.accept, chunk.index, chunk.room))

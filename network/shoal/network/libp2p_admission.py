@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,7 @@ from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
 from shoal.network.bans import Bans, Fault
+from shoal.network.libp2p_turns import Turns
 from shoal.network.libp2p_websocket import accepted, is_websocket
 from shoal.network.meters import Meters
 from shoal.network.pacing import Bucket, Pacer
@@ -38,6 +39,8 @@ _CLOSE_TIMEOUT_S: Final = 1.0
 # other for ever.
 _REPLACEMENTS_PER_S: Final = 0.2
 _REPLACEMENTS_AT_ONCE: Final = 6.0
+# What an honest caller bears before it hangs up.
+_PATIENCE_S: Final = 1.0
 
 
 class RefusedError(SwarmException):
@@ -82,6 +85,7 @@ class Admission:
             limits.max_handshakes,
             trio.current_time,
         )
+        self._turns = Turns()
         self._replacements = Pacer(_REPLACEMENTS_PER_S, _REPLACEMENTS_AT_ONCE, trio.current_time)
         self._traffic: WeakKeyDictionary[IMuxedConn, Traffic] = WeakKeyDictionary()
         self._add = swarm.add_conn
@@ -118,27 +122,32 @@ class Admission:
             self._meters.count("connections_refused", cause=cause)
             await _close(raw.close)
             return
-        with ExitStack() as held, ExitStack() as pending:
-            held.enter_context(_counted(self._num_open, remote))
-            pending.enter_context(_counted(self._num_handshakes, remote))
+        waited_s = 0.0
+        with _counted(self._num_open, remote):
             try:
-                if is_websocket(address):
-                    async with accepted(raw) as stream:
-                        await self._serve(stream, address, pending)
-                else:
-                    await self._serve(raw, address, pending)
+                async with AsyncExitStack() as pending:
+                    pending.enter_context(_counted(self._num_handshakes, remote))
+                    waited_s = await pending.enter_async_context(self._turns.taken(remote))
+                    if is_websocket(address):
+                        async with accepted(raw) as stream:
+                            await self._serve(stream, address, pending)
+                    else:
+                        await self._serve(raw, address, pending)
             except RefusedError:
                 await _close(raw.close)
             except Exception as error:
                 _LOG.debug("no handshake with %s: %s", remote, error)
-                self._handshake_failed(remote)
+                # Whoever gave up while we let it wait is not at fault.
+                self._handshake_failed(remote, is_theirs=waited_s < _PATIENCE_S)
                 await _close(raw.close)
 
-    async def _serve(self, stream: ReadWriteCloser, address: Multiaddr, pending: ExitStack) -> None:
+    async def _serve(
+        self, stream: ReadWriteCloser, address: Multiaddr, pending: AsyncExitStack
+    ) -> None:
         """Shakes hands, ends `pending`, and returns when the connection is closed."""
         raw = RawConnection(stream, False)
         muxed = await self._swarm.upgrade_inbound_raw_conn(raw, address)
-        pending.close()
+        await pending.aclose()
         closed = getattr(muxed, "event_closed", None)
         if isinstance(closed, trio.Event):
             await closed.wait()
@@ -159,9 +168,9 @@ class Admission:
             return "handshakes_per_address"
         return None if self._begun.take(remote) else "handshake_rate"
 
-    def _handshake_failed(self, remote: str) -> None:
+    def _handshake_failed(self, remote: str, *, is_theirs: bool) -> None:
         self._meters.count("connections_refused", cause="handshake")
-        if remote and self._bans.penalise(remote, Fault.HANDSHAKE):
+        if is_theirs and remote and self._bans.penalise(remote, Fault.HANDSHAKE):
             self._meters.count("bans", reason=Fault.HANDSHAKE.value)
 
     async def _admit(self, muxed: IMuxedConn, direction: str = "unknown") -> INetConn:

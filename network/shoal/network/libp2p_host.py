@@ -36,6 +36,7 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from shoal.network.identity import NodeIdentity
+from shoal.network.libp2p_noise import mend_noise
 from shoal.network.libp2p_websocket import WebSocketTransport
 from shoal.network.libp2p_yamux import mend_yamux
 from shoal.network.port import MAX_TOPIC_MESSAGE_BYTES, Limits
@@ -54,6 +55,7 @@ logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 # succeeded, so the library's 250 ms are added to every dial.
 swarm_module._HAPPY_EYEBALLS_DELAY = 0.01
 mend_yamux()
+mend_noise()
 
 
 class _NeverDials(AutoConnector):

@@ -44,6 +44,7 @@ class Libp2pNode:
         announce: Addresses given out in place of those, such as a proxy's or a router's.
         limits: What peers may take from this node.
         extensions: What runs beside the host, in the network thread.
+        bans: Whom to keep out; by default nobody yet, and never an address of this machine.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class Libp2pNode:
         announce: Sequence[str] = (),
         limits: Limits | None = None,
         extensions: Sequence[Extension] = (),
+        bans: Bans | None = None,
     ) -> None:
         self._identity = identity
         self._listen = (listen,) if isinstance(listen, str) else tuple(listen or ())
         self._announce = tuple(announce)
         self._limits = limits or Limits()
-        self._bans = Bans(time.monotonic)
+        self._bans = bans or Bans(time.monotonic)
         self._dispatch = Dispatcher(self._limits, Meters(), self.penalise)
         self._extensions = tuple(extensions)
         self._thread: TrioThread | None = None

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Final
 
 import trio
+from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH
+from libp2p.stream_muxer.yamux import yamux as yamux_module
 from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 
 # py-libp2p sends 64 KiB at most, go-yamux and rust-yamux little more.
@@ -49,3 +51,6 @@ def mend_yamux() -> None:
     """From now on every Yamux connection of this process behaves as this module says."""
     setattr(YamuxStream, "_auto_tune_and_send_window_update", _release_window)  # noqa: B010
     setattr(Yamux, "_read_data_body", _read_bounded_body)  # noqa: B010
+    # The library's full frame is a few bytes over what Noise carries at once, so each one
+    # went out as two packets, the second nearly empty.
+    setattr(yamux_module, "MAX_MESSAGE_SIZE", MAX_PLAINTEXT_LENGTH)  # noqa: B010

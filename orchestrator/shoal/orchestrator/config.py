@@ -102,7 +102,7 @@ class OrchestratorConfig(BaseModel):
     first_lease_ms: int = Field(default=600_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
     lease_ceiling_ms: int = Field(default=3_600_000, ge=100)
-    straggler_slack_ms: int = Field(default=5_000, ge=0)
+    straggler_slack_ms: int = Field(default=2_000, ge=0)
     max_attempts: int = Field(default=8, ge=1)
     chain_depth: int = Field(default=12, ge=0, le=10_000)
     job_weights: dict[str, float] = Field(default_factory=dict)

@@ -16,7 +16,7 @@ _PATIENCE_BEATS: Final = 1.5
 _TOGETHER_BEATS: Final = 3
 """Nodes last heard within as many beats of each other fell silent together."""
 _LONG_BEATS: Final = 3
-"""A silence as long as this cost leases, and connections."""
+"""A silence as long as this cost connections, and soon leases."""
 _LONGEST_RETURN_MS: Final = 15_000
 """A node pauses for at most ten seconds between two tries, and needs a few to connect."""
 

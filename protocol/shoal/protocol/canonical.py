@@ -14,6 +14,7 @@ from typing import Any
 import rfc8785
 from pydantic_core import from_json
 
+from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.ids import Digest
 
 JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
@@ -28,11 +29,23 @@ _same_form = json.JSONEncoder(
 
 
 def canonical_bytes(value: object) -> bytes:
-    """``value`` (plain JSON data) in RFC 8785 form."""
+    """``value`` (plain JSON data) in RFC 8785 form.
+
+    Raises:
+        InvalidRequest: It has none: a number is too large to be exact, or is none.
+    """
     try:
         return _same_form(_as_both_write(value)).encode()
     except _Differs:
+        pass
+    try:
         return rfc8785.dumps(value)  # type: ignore[arg-type]  # its own JSON alias is invariant
+    except rfc8785.CanonicalizationError as error:
+        raise InvalidRequest(
+            f"The data has no canonical form: {str(error)[:200]}; send numbers that a double "
+            "holds exactly.",
+            code="not_canonical",
+        ) from None
 
 
 class _Differs(Exception):

@@ -227,7 +227,9 @@ class SessionKeeper:
                 round_trip_ms = round(1000 * (self._monotonic_s() - begun_s))
                 self._note(missed_heartbeats=0, round_trip_ms=round_trip_ms)
                 self._pause.reset()
-            if await self._link.wait_lost(greeting.heartbeat_ms / 1000):
+            # A long line must not stretch the beat, by which the orchestrator's clocks go.
+            spent_s = self._monotonic_s() - begun_s
+            if await self._link.wait_lost(max(0.0, greeting.heartbeat_ms / 1000 - spent_s)):
                 break
         cause = self._link.lost_because
         if cause is not None:

@@ -47,16 +47,20 @@ class Materials:
             Expired: it took longer than ``timeout_s``.
         """
         folder = await self._base(task.base, sources, timeout_s)
-        adapter = await self._adapter(task.policy.adapter, sources, timeout_s)
-        batch_slice = None
+        # Together: over a long line each costs several round trips.
+        wanted = [asyncio.ensure_future(self._adapter(task.policy.adapter, sources, timeout_s))]
         if isinstance(task, GradientTask):
-            path = await self._blobs.fetch(task.slice, sources, timeout_s=timeout_s)
-            batch_slice = await asyncio.to_thread(path.read_bytes)
+            wanted.append(asyncio.ensure_future(self._read(task.slice, sources, timeout_s)))
+        try:
+            adapter, *batch_slice = await asyncio.gather(*wanted)
+        finally:
+            for fetch in wanted:
+                fetch.cancel()
         return TaskInput(
             base_folder=folder,
             base_sha256=task.base.content_digest(),
             adapter=adapter,
-            batch_slice=batch_slice,
+            batch_slice=batch_slice[0] if batch_slice else None,
         )
 
     async def describe_base(
@@ -104,13 +108,16 @@ class Materials:
         if cached is not None:
             self._adapters.move_to_end(ref.sha256)
             return cached
-        path = await self._blobs.fetch(ref, sources, timeout_s=timeout_s)
-        data = await asyncio.to_thread(path.read_bytes)
+        data = await self._read(ref, sources, timeout_s)
         self._adapters[ref.sha256] = data
         total = sum(len(adapter) for adapter in self._adapters.values())
         while total > _MAX_CACHED_ADAPTER_BYTES and len(self._adapters) > 1:
             total -= len(self._adapters.popitem(last=False)[1])
         return data
+
+    async def _read(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
+        path = await self._blobs.fetch(ref, sources, timeout_s=timeout_s)
+        return await asyncio.to_thread(path.read_bytes)
 
     async def _base(
         self,
