@@ -37,7 +37,7 @@ from shoal.worker.doctor.report import (
 from shoal.worker.doctor.visit import judge_orchestrator, listening_ports
 
 GIB = 1 << 30
-ACCOUNT = EthAccount.create().address
+ACCOUNT = EthAccount.from_key("0x" + "11" * 32).address
 
 
 def configured(folder: Path, **options: Any) -> WorkerConfig:
