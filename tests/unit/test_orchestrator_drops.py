@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from orchestrator_lab import TIMEOUT_S, Lab, Peer, Sale, arrival, open_lab, run, until
 
-from shoal.market.lease import LeaseState
+from shoal.market.lease import MISSED_HEARTBEATS, LeaseState
 from shoal.orchestrator.hearing import Hearing
 from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.store.database import Database
@@ -92,7 +92,7 @@ def test_a_drop_during_the_offer_gives_the_units_back_and_revokes_what_was_taken
     run(scenario)
 
 
-@pytest.mark.parametrize(("silent_beats", "lives"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("silent_beats", "lives"), [(2, True), (MISSED_HEARTBEATS + 1, False)])
 def test_a_drop_during_execution_keeps_the_lease_within_its_own_clock(
     tmp_path: Path, silent_beats: int, lives: bool
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_stopped_worker_learns_that_its_lease_is_gone_and_may_work_on(tmp_path
             story = await Story.begin(lab)
             offer, live = await story.lease()
             # SIGSTOP: the connection stands, and nothing is heard.
-            await story.beats(story.other, times=4)
+            await story.beats(story.other, times=MISSED_HEARTBEATS + 1)
             assert live.record.state is LeaseState.EXPIRED
             assert (await story.holder.beat(offer)).revoked == (offer.lease.record.lease_id,)
             lab.time.advance(10_000)

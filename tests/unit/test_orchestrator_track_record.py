@@ -12,7 +12,7 @@ from learning_fixtures import write_base
 from orchestrator_court import Court, court
 from orchestrator_lab import Peer, arrival, open_lab, run, until
 
-from shoal.market.lease import LeaseState
+from shoal.market.lease import MISSED_HEARTBEATS, LeaseState
 from shoal.market.reputation import Ending, Outcome
 from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.track_record import TrackRecord
@@ -66,7 +66,7 @@ async def every_ending(case: Court) -> list[Peer]:
     await dispatcher.grant(case.sale.workload, waiting, lab.award(proud, case.sale))
     await dispatcher.drained(case.job)
     await lease(silent)
-    for _ in range(3):
+    for _ in range(MISSED_HEARTBEATS):
         lab.time.advance(1_001)
         await good.beat()
     await dispatcher.reap()

@@ -25,7 +25,7 @@ MAX_WORK_UNITS = 100_000_000
 # Log-standard deviation of one unit's time around its provider's own.
 TIME_SIGMA = 0.3
 # Source: reference "Compute marketplaces", §2.1: a lease's deadline is 3 · p90, and the last
-# 5 % of units are duplicated; three missed heartbeats are silence (market/lease.py).
+# 5 % of units are duplicated.
 _P90_DEVIATIONS = 1.2815515655446004
 DEADLINE_FACTOR = 3
 TAIL_SHARE = 0.05
