@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 import pytest
 
@@ -132,6 +132,50 @@ def test_a_withdrawn_holder_is_found_no_more() -> None:
         assert await found(seeker) == set()
 
     run(check)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_record_on_its_way_does_not_outlive_its_withdrawal(
+    monkeypatch: pytest.MonkeyPatch, in_order: bool
+) -> None:
+    """As when the table is joined late and what is provided is told once more meanwhile."""
+
+    async def check(made: World) -> None:
+        first, _ = await made.node()
+        holder, view = await made.node(first)
+        _, seeker = await made.node(first)
+        if not in_order:
+            # The negative control.
+            monkeypatch.setattr(view, "_announcing", Unlocked())
+        is_sent, may_arrive = asyncio.Event(), asyncio.Event()
+        request = holder.request
+
+        async def late_once(
+            peer: PeerId, protocol: str, payload: bytes, *, timeout_s: float
+        ) -> bytes:
+            if protocol == PROVIDE_PROTOCOL and not is_sent.is_set():
+                is_sent.set()
+                await may_arrive.wait()
+            return await request(peer, protocol, payload, timeout_s=timeout_s)
+
+        monkeypatch.setattr(holder, "request", late_once)
+        providing = asyncio.create_task(view.provide(KEY))
+        await is_sent.wait()
+        withdrawing = asyncio.create_task(view.withdraw(KEY))
+        if not in_order:
+            await withdrawing
+        may_arrive.set()
+        await asyncio.gather(providing, withdrawing)
+        assert await found(seeker) == (set() if in_order else {holder.peer_id})
+
+    run(check)
+
+
+class Unlocked:
+    """In place of the locks of keys: everybody passes."""
+
+    def setdefault(self, _key: str, _lock: asyncio.Lock) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
 
 def test_a_holder_that_vanished_lapses_and_is_passed_over_before_that() -> None:

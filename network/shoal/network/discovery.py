@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Iterable
 from typing import Final
+from weakref import WeakValueDictionary
 
 from shoal.network.identity import public_key_of
 from shoal.network.kademlia import ProviderRecords, RoutingTable, nearest, place_of
@@ -81,6 +82,7 @@ class Discovery:
         self._records = ProviderRecords(TTL_S * 1000, rng or random.Random())
         self._trusted: dict[str, Contact] = {}
         self._provided: dict[str, None] = {}
+        self._announcing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failed_until_ms: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
         for address in bootstrap:
@@ -201,8 +203,13 @@ class Discovery:
             await asyncio.sleep(pause_s)
 
     async def _announce(self, key: str, addresses: tuple[str, ...]) -> int:
-        if not addresses and key in self._provided:
-            return 0
+        # One word about a key at a time: a record on its way must not arrive after its withdrawal.
+        async with self._announcing.setdefault(key, asyncio.Lock()):
+            if bool(addresses) is not (key in self._provided):
+                return 0
+            return await self._tell(key, addresses)
+
+    async def _tell(self, key: str, addresses: tuple[str, ...]) -> int:
         own = Contact(peer=self._network.peer_id, addresses=addresses)
         if addresses:
             self._records.put(key, own, self._time.now_ms())
