@@ -10,7 +10,7 @@ from pathlib import Path
 from shoal.orchestrator.config import load_config
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.logs import configure_logs
-from shoal.protocol.process import parse_pairs, report_error
+from shoal.protocol.process import parse_pairs, report_error, share_interpreter
 
 
 def main() -> int:
@@ -29,6 +29,7 @@ def main() -> int:
             return 0
         from shoal.orchestrator.main import run_orchestrator
 
+        share_interpreter()
         asyncio.run(run_orchestrator(config))
     except ShoalError as error:
         return report_error("shoal orchestrate", error, as_json=arguments.json)

@@ -122,8 +122,9 @@ class Clearings:
         )
         before = workload.placement
         # Before any lease cites it; what is cleared again to the same end is there already.
-        if before is None or before.sha256 != row.sha256:
+        if row.sha256 not in workload.certified:
             await self._context.database.run(lambda session: insert_rows(session, row))
+            workload.certified.add(row.sha256)
         # A task that is only done twice is no new demand.
         if posted_micros is not None and workload.waiting:
             self._posted[workload.lot.job_id, workload.kind] = posted_micros

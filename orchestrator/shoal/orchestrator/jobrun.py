@@ -25,6 +25,7 @@ from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.planner import Planner
 from shoal.orchestrator.recall import Recall
 from shoal.orchestrator.sampler import BatchSampler
+from shoal.orchestrator.slices import Slicer
 from shoal.orchestrator.versions import VersionRecords, Versions
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import InvariantBroken, ShoalError
@@ -37,7 +38,6 @@ from shoal.provenance.statement import (
 )
 from shoal.rl.aggregation import UpdateStats
 from shoal.rl.environments import Split, metric_names
-from shoal.rl.gradient import slice_groups
 
 
 class JobRun:
@@ -66,8 +66,14 @@ class JobRun:
         self._health = JobHealth(context, journal, self.job_id, learner.spec, self.evaluations)
         self._versions = Versions(learner.spec, context.blobs)
         self._records = VersionRecords(context, journal, self.job_id)
+        self._slicer = Slicer(context.blobs, learner.spec.tasks.gradient)
         self._sampler = BatchSampler(
-            learner.spec, self._planner, self._market, self._versions, lambda: self.selling
+            learner.spec,
+            self._planner,
+            self._market,
+            self._versions,
+            lambda: self.selling,
+            self._slicer.begin,
         )
         self._tidying: asyncio.Task[None] | None = None
         self.reserves = {
@@ -130,6 +136,7 @@ class JobRun:
             await self._tidied()
         finally:
             # However the run ended, nothing of it goes on behind its back.
+            await self._slicer.close()
             if self._tidying is not None:
                 await asyncio.wait((self._tidying,))
         return reason
@@ -205,23 +212,25 @@ class JobRun:
         waited_s = time.monotonic() - started
         batch = self._sampler.take(version)
         market = await self._health.market_metrics()
+        names = metric_names(self.learner.spec.environments)
+        metrics = batch.metrics(version, names) | market
         await self._unless_halted(_wait(gradient.complete))
         older = self._versions.wanted(version + 1, self.evaluations.pending())
-        stats, folder = await self._context.computed(
+        stats, folder, policy = await self._context.computed(
             lambda: (
                 self.learner.update(gradient.payloads(), batch.all_groups()),
                 # Before anyone is told: a version on the market can always be restored.
                 self.learner.checkpoint(version + 1, older),
+                self.learner.publish(version + 1, self._context.blobs),
             )
         )
-        facts = _update_facts(self._current(), batch, gradient, self.learner)
-        names = metric_names(self.learner.spec.environments)
-        metrics = batch.metrics(version, names) | market | _update_metrics(stats)
+        facts = _update_facts(policy, self._current(), batch, gradient, self.learner)
+        metrics |= _update_metrics(stats)
         metrics |= {
             "step_time": time.monotonic() - started,
             "time/wait_for_batch": waited_s,
         }
-        await self._publish(version + 1, facts, metrics)
+        await self._publish(policy, facts, metrics)
         self.reward_recent = metrics["reward"]
         await self._tidy(version + 1, metrics, lambda: self.learner.secure(folder, version + 1))
 
@@ -257,9 +266,7 @@ class JobRun:
         return gradient
 
     async def _offer_gradient(self, batch: Batch) -> GradientSum:
-        groups = batch.teaching()
-        most = self.learner.spec.tasks.gradient
-        slices = slice_groups(groups, -(-len(groups) // most))
+        slices = await self._slicer.of(batch)
         gradient = GradientSum(num_slices=len(slices))
         if slices:
             await self._market.open(
@@ -279,19 +286,16 @@ class JobRun:
         return gradient
 
     async def _publish(
-        self, version: int, facts: UpdatePredicate, metrics: dict[str, float]
+        self, policy: PolicyVersion, facts: UpdatePredicate, metrics: dict[str, float]
     ) -> None:
-        policy = await self._context.computed(
-            lambda: self.learner.publish(version, self._context.blobs)
-        )
         if not await self._records.has(policy):
-            statement = update_statement(facts.model_copy(update={"policy": policy}))
+            statement = update_statement(facts)
             row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
             await self._records.add(policy, row, metrics)
         self._deltas.follow(self._current(), policy)
         self._versions.add(policy)
         self._market.active = False
-        self._versions.drop_unwanted(version, self.evaluations.pending())
+        self._versions.drop_unwanted(policy.version, self.evaluations.pending())
         self._auctioneer.announcer.policy(policy)
 
     async def _state_environments(self) -> None:
@@ -325,14 +329,17 @@ def _update_metrics(stats: UpdateStats) -> dict[str, float]:
 
 
 def _update_facts(
-    parent: PolicyVersion, batch: Batch, gradient: GradientSum, learner: Learner
+    policy: PolicyVersion,
+    parent: PolicyVersion,
+    batch: Batch,
+    gradient: GradientSum,
+    learner: Learner,
 ) -> UpdatePredicate:
-    # ``policy`` is replaced once the new weights have a digest.
     return UpdatePredicate(
         job_id=parent.job_id,
         batch=batch.number,
         parent=parent,
-        policy=parent,
+        policy=policy,
         rollouts=tuple(batch.statements),
         gradients=gradient.statements(),
         num_tokens=batch.num_tokens,

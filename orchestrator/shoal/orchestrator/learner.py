@@ -62,6 +62,7 @@ class Learner:
         self._optimizer = AdapterOptimizer(
             self.policy, self.spec.optimizer, self.spec.max_steps, self.spec.gradient
         )
+        self._encoded: bytes | None = None
 
     def resume(self, version: int, blobs: BlobStore) -> list[PolicyVersion]:
         """Continues from the checkpoint of ``version``, or the newest whole one before it.
@@ -88,6 +89,7 @@ class Learner:
                 )
             return [self.publish(0, blobs)]
         self.policy.load_adapter(checkpoint.adapter)
+        self._encoded = None
         self._optimizer.load_state(checkpoint.optimizer)
         older = [
             self._version(number, adapter, blobs) for number, adapter in checkpoint.older.items()
@@ -96,7 +98,13 @@ class Learner:
 
     def publish(self, version: int, blobs: BlobStore) -> PolicyVersion:
         """The current weights as a policy version whose adapter can be fetched."""
-        return self._version(version, self.policy.adapter_bytes(), blobs)
+        return self._version(version, self._adapter(), blobs)
+
+    def _adapter(self) -> bytes:
+        """The current weights, encoded once for each update."""
+        if self._encoded is None:
+            self._encoded = self.policy.adapter_bytes()
+        return self._encoded
 
     def _version(self, number: int, adapter: bytes, blobs: BlobStore) -> PolicyVersion:
         if len(adapter) > MAX_ADAPTER_BYTES:
@@ -120,6 +128,7 @@ class Learner:
         the weights, as it does in a trainer that sees the same batch.
         """
         divisor = batch_divisor(groups, self.spec.loss, self.spec.sampling.max_tokens)
+        self._encoded = None
         # Where the overlong mask leaves no token there is no gradient either.
         return self._optimizer.apply(gradients, max(divisor, 1.0))
 
@@ -133,7 +142,7 @@ class Learner:
             self.job_id,
             version,
             base_sha256=self._base_sha256,
-            adapter=self.policy.adapter_bytes(),
+            adapter=self._adapter(),
             optimizer=self._optimizer.state_bytes(),
             older=older,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
 from shoal.market.freshness import linear_freshness
@@ -11,6 +10,7 @@ from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.reference import lowest_reserve
+from shoal.orchestrator.slices import BatchSlice
 from shoal.orchestrator.workload import Delivery, Workload, parcels_of, work_name
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.certificate import ReserveTerms
@@ -21,7 +21,6 @@ from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
 from shoal.rl.batch import HEADER_ALLOWANCE_BYTES
 from shoal.rl.environments import Split
-from shoal.rl.gradient import Group, encode_slice
 from shoal.rl.plan import Plan
 
 Deliver = Callable[[Delivery], Awaitable[None]]
@@ -86,29 +85,22 @@ class Planner:
         return self._plan.redrawn(slot)
 
     def gradients(
-        self, batch: int, policy: PolicyVersion, slices: Sequence[Sequence[Group]], deliver: Deliver
+        self, batch: int, policy: PolicyVersion, slices: Sequence[BatchSlice], deliver: Deliver
     ) -> Workload:
         """The gradient of a batch: one unit for each group, one parcel for each slice."""
-        groups = [group for part in slices for group in part]
-        ends = itertools.accumulate(len(part) for part in slices)
-        parcels = [
-            tuple(range(end - len(part), end)) for end, part in zip(ends, slices, strict=True)
-        ]
+        by_units = {part.units: part for part in slices}
 
         async def build(parcel: Parcel) -> GradientTask:
-            rows = encode_slice([groups[unit] for unit in parcel])
+            part = by_units[parcel]
+            await part.keep_at_hand(self._context.blobs)
             return self._plan.gradient(
-                batch,
-                policy,
-                self._context.blobs.put_bytes(rows.encode()),
-                num_rows=rows.num_rows,
-                num_groups=len(parcel),
+                batch, policy, part.blob, num_rows=part.num_rows, num_groups=len(parcel)
             )
 
         arrays = self._learner.policy.shapes()
         size = policy.adapter.size_bytes + HEADER_ALLOWANCE_BYTES + 256 * len(arrays)
         return self._workload(
-            TaskKind.GRADIENT, policy, parcels, build, deliver, lambda units: size
+            TaskKind.GRADIENT, policy, list(by_units), build, deliver, lambda units: size
         )
 
     def evaluation(

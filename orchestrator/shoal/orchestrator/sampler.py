@@ -29,6 +29,7 @@ class BatchSampler:
         market: Where rollouts are sold.
         versions: The policy versions at hand.
         selling: Whether the job still buys anything.
+        on_issue: Told of each batch before any of it can come back.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class BatchSampler:
         market: Market,
         versions: Versions,
         selling: Callable[[], bool],
+        on_issue: Callable[[Batch], None],
     ) -> None:
         self._spec = spec
         self._planner = planner
         self._market = market
         self._versions = versions
         self._selling = selling
+        self._on_issue = on_issue
         self._batches: dict[int, Batch] = {}
         self._next_batch = 0
 
@@ -62,6 +65,7 @@ class BatchSampler:
             )
             self._batches[batch.number] = batch
             self._next_batch += 1
+            self._on_issue(batch)
             policy = self._versions.get(sampling_version(batch.number, spec.max_staleness))
             await self._open(batch, policy, range(spec.groups_per_batch))
 

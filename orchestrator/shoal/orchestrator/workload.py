@@ -58,7 +58,8 @@ class Workload:
     handed out any more.  A parcel is delivered once, however many leases it had.
 
     ``work`` names what makes the times of its units comparable (`work_name`).  ``placement``
-    is the lot's present clearing, absent before the first.
+    is the lot's present clearing, absent before the first; ``certified`` holds the digests of
+    all its certificates that are written down.
     """
 
     lot: Lot
@@ -73,6 +74,7 @@ class Workload:
     requester: str = ""
     delay_micros_per_s: int = 0
     placement: Placement | None = None
+    certified: set[str] = field(default_factory=set)
     attempts: Counter[int] = field(default_factory=Counter)
     undelivered: set[Parcel] = field(default_factory=set)
     closed: bool = False

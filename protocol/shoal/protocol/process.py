@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from shoal.protocol.errors import InvalidRequest, ShoalError
 
 DEBUG_VARIABLE = "SHOAL_DEBUG"
+_SWITCH_INTERVAL_S = 0.0005
 _PR_SET_PDEATHSIG = 1
 """Source: prctl(2)."""
 
@@ -45,6 +46,19 @@ def report_error(program: str, error: ShoalError, *, as_json: bool) -> int:
     line = json.dumps(error.to_wire()) if as_json else f"{program}: {error.message}"
     sys.stderr.write(line + "\n")
     return error.exit_code
+
+
+def share_interpreter() -> None:
+    """A thread that wants the interpreter gets it within half a millisecond.
+
+    Python lets a busy thread keep it for five, ten times as long.  One message passes between
+    the event loop, the network's thread and the database's several times, and each time may
+    wait for a thread that computes.
+
+    Source: D. Beazley, "Understanding the Python GIL", PyCon 2010 (the convoy effect); figures
+    in ``benchmarks/overhead``.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def end_with_parent() -> Callable[[], None] | None:

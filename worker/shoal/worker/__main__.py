@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal.protocol.errors import ShoalError
-from shoal.protocol.process import parse_pairs, report_error
+from shoal.protocol.process import parse_pairs, report_error, share_interpreter
 from shoal.worker.config import (
     LOCAL_RAY,
     Capacity,
@@ -177,6 +177,7 @@ def _run(verb: str, config: WorkerConfig, arguments: argparse.Namespace) -> int:
         case "unstake":
             _print_json(asyncio.run(unstake(config)).to_json())
         case _:
+            share_interpreter()
             asyncio.run(run_worker(config))
     return 0
 
