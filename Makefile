@@ -34,7 +34,8 @@ check: setup ## format, lint, types, import rules, sizes, unit and property test
 	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadscope tests/unit tests/property
 
 test: check contracts-check ## everything CI runs: both checks, then integration and end-to-end tests
-	$(BIN)/python -m pytest -q -m "not slow" tests/integration tests/e2e
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/integration
+	$(BIN)/python -m pytest -q -m "not slow" tests/e2e
 
 test-slow: setup ## the tests that take longer than a minute each, and those against TRL
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import aiohttp
 from eth_account import Account as EthAccount
 from learning_fixtures import Lab as School
 from learning_fixtures import make_spec, write_base
+from orchestrator_court import enrol, learner_of
 from orchestrator_lab import Sale, arrival
 
 from shoal.contracts.anvil import Anvil, dev_account
@@ -262,11 +262,7 @@ class ChainMarket:
         await self.context.database.run(lambda session: session.add(row))
         await self.orchestrator.journal.adopt(job_id)
         await self.orchestrator.settler.adopt(job_id)
-        learner = SimpleNamespace(
-            auditor=self.school.policy, spec=spec, environments=self.school.environments
-        )
-        running = SimpleNamespace(learner=learner, selling=False, policy=None)
-        self.orchestrator.jobs._running[job_id] = cast(Any, running)
+        enrol(self.orchestrator, job_id, learner_of(self.school, spec))
         base = self.school.plan.base
         offer = OpenJob(
             job_id=job_id,

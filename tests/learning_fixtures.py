@@ -17,9 +17,12 @@ from shoal.protocol.learning import LoraSpec, OptimizerSpec
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.result import Result
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
+from shoal.rl.batch import RolloutPayload, RowLimits
 from shoal.rl.environments import Environment, Split, load_environment
+from shoal.rl.gradient import Group, make_groups
 from shoal.rl.local import blob_of, blob_of_file
 from shoal.rl.plan import Plan
+from shoal.rl.rollout import encode_prompts, run_rollout
 
 torch.set_num_threads(1)
 JOB_ID = "0x" + "a" * 64
@@ -118,3 +121,12 @@ class Lab:
 def spread_rewards(num_rows: int) -> NDArray[np.float32]:
     """Rewards that differ inside every group."""
     return np.array([float(row % 3 == 0) for row in range(num_rows)], dtype=np.float32)
+
+
+def graded_groups(lab: Lab) -> list[Group]:
+    """The groups of a rollout of four prompts, with rewards that differ inside each."""
+    task = lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
+    prompts = encode_prompts(lab.policy, lab.environments, task.prompts, Split.TRAIN)
+    limits = RowLimits(num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size)
+    payload = RolloutPayload.decode(run_rollout(lab.policy, task, lab.environments), limits)
+    return make_groups(payload, prompts, spread_rewards(16), 4, lab.plan.spec.loss)

@@ -21,7 +21,7 @@ from shoal.network.identity import NodeIdentity
 from shoal.network.libp2p_host import build_host, swarm_of
 from shoal.network.libp2p_node import Libp2pNode
 from shoal.network.libp2p_websocket import WebSocketTransport
-from shoal.network.port import Limits
+from shoal.network.port import Limits, Network
 from shoal.protocol.ids import PeerId
 
 ECHO = "/test/echo/1"
@@ -34,7 +34,8 @@ async def echo(_peer: PeerId, payload: bytes) -> bytes:
 
 
 @asynccontextmanager
-async def started(*nodes: Libp2pNode) -> AsyncIterator[None]:
+async def started(*nodes: Network) -> AsyncIterator[None]:
+    """The nodes run inside the block."""
     try:
         for node in nodes:
             await node.start()

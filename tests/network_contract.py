@@ -1,14 +1,13 @@
 """The promises of `shoal.network.port.Network`, checked of any implementation.
 
-Each check takes a `World`, which makes started nodes; the test modules run every check over
-the in-memory network (unit) and over libp2p (integration).
+Each check takes a `World`, which makes started nodes; the test modules run every check with
+`keep`, over the in-memory network (unit) and over libp2p (integration).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 import pytest
 
@@ -30,8 +29,16 @@ ECHO = "/test/echo/1"
 WAIT_S = 30.0
 
 
-class World(Protocol):
+Make = Callable[[NodeIdentity, bool, Limits | None], Network]
+"""A node of that name and those limits, which listens or only dials."""
+
+
+class World:
     """Makes started nodes that can reach each other."""
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+        self._nodes: list[Network] = []
 
     async def node(
         self,
@@ -39,7 +46,28 @@ class World(Protocol):
         listens: bool = True,
         identity: NodeIdentity | None = None,
         limits: Limits | None = None,
-    ) -> Network: ...
+    ) -> Network:
+        node = self._make(identity or NodeIdentity.generate(), listens, limits)
+        self._nodes.append(node)
+        await node.start()
+        return node
+
+    async def close(self) -> None:
+        for node in self._nodes:
+            await node.stop()
+
+
+def keep(check: Callable[[World], Awaitable[None]], make: Make) -> None:
+    """The nodes that `make` makes keep the promise that `check` checks."""
+
+    async def run() -> None:
+        world = World(make)
+        try:
+            await check(world)
+        finally:
+            await world.close()
+
+    asyncio.run(run())
 
 
 async def echo(_peer: PeerId, payload: bytes) -> bytes:
@@ -347,7 +375,8 @@ async def stopped_peer_is_reported_once(world: World) -> None:
         await client.request(server.peer_id, ECHO, b"", timeout_s=WAIT_S)
 
 
-async def waiting_caller_hears_that_the_peer_stopped(world: World) -> None:
+async def _waiting_caller(world: World) -> tuple[Network, Network, asyncio.Future[bytes]]:
+    """A server that never answers, a client, and its request, which has arrived."""
     server, client = await _pair(world)
     arrived = asyncio.Event()
 
@@ -359,23 +388,18 @@ async def waiting_caller_hears_that_the_peer_stopped(world: World) -> None:
     server.serve(ECHO, handler)
     asking = asyncio.ensure_future(client.request(server.peer_id, ECHO, b"", timeout_s=30))
     await asyncio.wait_for(arrived.wait(), WAIT_S)
+    return server, client, asking
+
+
+async def waiting_caller_hears_that_the_peer_stopped(world: World) -> None:
+    server, _, asking = await _waiting_caller(world)
     await server.stop()
     with pytest.raises(Unavailable):
         await asyncio.wait_for(asking, WAIT_S)
 
 
 async def waiting_caller_hears_that_its_own_node_stopped(world: World) -> None:
-    server, client = await _pair(world)
-    arrived = asyncio.Event()
-
-    async def handler(_peer: PeerId, _payload: bytes) -> bytes:
-        arrived.set()
-        await asyncio.Event().wait()
-        return b""
-
-    server.serve(ECHO, handler)
-    asking = asyncio.ensure_future(client.request(server.peer_id, ECHO, b"", timeout_s=30))
-    await asyncio.wait_for(arrived.wait(), WAIT_S)
+    _, client, asking = await _waiting_caller(world)
     await client.stop()
     with pytest.raises(Unavailable):
         await asyncio.wait_for(asking, WAIT_S)

@@ -12,6 +12,8 @@ from learning_fixtures import Lab as School
 from orchestrator_lab import Lab, Peer, Sale, open_lab, until
 
 from shoal.orchestrator.leases import LiveLease
+from shoal.orchestrator.main import Orchestrator
+from shoal.protocol.job import JobSpec
 from shoal.protocol.node import LeaseOffer, ResultMessage
 from shoal.protocol.result import Verdict
 from shoal.protocol.task import RolloutTask, Task
@@ -85,19 +87,34 @@ class Court:
         return signed.record
 
 
+def learner_of(school: School, spec: JobSpec | None = None) -> Any:
+    """What a running job has learnt with, as far as a judge asks for it."""
+    return SimpleNamespace(
+        auditor=school.policy, spec=spec or school.plan.spec, environments=school.environments
+    )
+
+
+def enrol(orchestrator: Orchestrator, job: str, learner: Any) -> None:
+    """The job runs, as far as a judge can tell."""
+    running = SimpleNamespace(learner=learner, selling=False, policy=None)
+    orchestrator.jobs._running[job] = cast(Any, running)
+
+
+async def taught(lab: Lab, school: School) -> str:
+    """A running job whose policy is the school's."""
+    job = await lab.add_job()
+    lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
+    enrol(lab.orchestrator, job, learner_of(school))
+    return job
+
+
 @asynccontextmanager
 async def court(
     folder: Path, school: School, *, num_units: int = 2, spot_check_rate: float = 0.05
 ) -> AsyncIterator[Court]:
     """A court in session over ``folder``, with the policy and the tasks of ``school``."""
     async with open_lab(folder) as lab:
-        job = await lab.add_job()
-        lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
-        learner = SimpleNamespace(
-            auditor=school.policy, spec=school.plan.spec, environments=school.environments
-        )
-        running = SimpleNamespace(learner=learner, selling=False, policy=None)
-        lab.orchestrator.jobs._running[job] = cast(Any, running)
+        job = await taught(lab, school)
         sale = await lab.open_sale(job, num_units)
         version = school.version()
 

@@ -10,13 +10,14 @@ import atexit
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import pytest
 from eth_account import Account as EthAccount
 from eth_account.signers.local import LocalAccount
 from learning_fixtures import make_spec
@@ -40,7 +41,7 @@ from shoal.orchestrator.store.tables import Base, JobRow, LeaseRow, StatementRow
 from shoal.orchestrator.workload import Delivery, Workload, parcels_of
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.clock import ManualTime, TimeSource
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import ShoalError, Unavailable
 from shoal.protocol.ids import PeerId, new_id
 from shoal.protocol.job import BudgetSpec, Job, JobState, VerifySpec
 from shoal.protocol.market import Award, Bid, Lot, LotClass, TaskKind
@@ -547,6 +548,18 @@ def _empty_database() -> Path:
     path = Path(folder) / "empty.db"
     Database(f"sqlite:///{path}").close()
     return path
+
+
+@contextmanager
+def database_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every transaction begun inside the block fails."""
+
+    async def fail(self: Database, work: Any) -> Any:
+        raise Unavailable("The database is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "run", fail)
+        yield
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

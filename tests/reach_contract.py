@@ -70,7 +70,8 @@ async def peer_that_was_dialled_is_reached_directly(town: Town) -> None:
     relay = await town.relay()
     worker = await joined(town, relay)
     assert await worker.reach(relay.peer_id, timeout_s=WAIT_S) is Reach.DIRECT
-    assert await relay.reach(worker.peer_id, timeout_s=WAIT_S) is Reach.DIRECT
+    # The relay may hear of the connection a moment later than the worker that dialled.
+    assert await reached(relay, worker.peer_id) is Reach.DIRECT
 
 
 async def guests_are_served_only_what_is_for_guests(town: Town) -> None:

@@ -12,8 +12,10 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -101,21 +103,29 @@ class Ending:
     steps_counted: int
 
 
+_children = threading.Lock()
+"""Starting one process also asks after all the others, whose exit codes can be read but once."""
+
+
 def played(play: Play) -> Ending | None:
-    """How the job ended, or None if the process was killed as ``play`` says."""
+    """How the job ended, or None if the process was killed as ``play`` says.
+
+    May be called in several threads at once.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=_play_process, args=(play,))
     # The server that forks does not learn of pytest's path in any other way.
-    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+    with _children, patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
         process.start()
-    process.join(PATIENCE_S)
-    if process.exitcode is None:
-        process.kill()
+    has_ended = wait([process.sentinel], PATIENCE_S)
+    with _children:
+        if not has_ended:
+            process.kill()
         process.join()
-        raise AssertionError(f"{play} hangs")
-    code = process.exitcode
-    process.close()
+        code = process.exitcode
+        process.close()
+    assert has_ended, f"{play} hangs"
     if play.kill_at is not None and code == -signal.SIGKILL:
         return None
     assert code == 0, f"{play} ended with {code}"

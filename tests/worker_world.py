@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from eth_account import Account as EthAccount
 from worker_double import MemoryBlobs, MemoryChain, OrchestratorDouble, ScriptedEngine, make_task
 
@@ -94,3 +96,29 @@ class World:
         if self.chain_failure is not None:
             raise self.chain_failure
         return self.chain
+
+
+Drive = Callable[..., None]
+"""Runs a script in a world of its own: `drive(script, **options of the worker)`."""
+
+
+def driver(directory: Path, monkeypatch: pytest.MonkeyPatch, *, timeout_s: float = 10) -> Drive:
+    """What runs scripts in worlds over `directory` whose orchestrator has paid nothing yet."""
+
+    async def no_payouts(url: str) -> None:
+        return None
+
+    monkeypatch.setattr("shoal.worker.earnings.get_json", no_payouts)
+
+    def run(script: Callable[[World], Awaitable[None]], **options: Any) -> None:
+        async def main() -> None:
+            world = World(directory, **options)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await script(world)
+            finally:
+                await world.leave()
+
+        asyncio.run(main())
+
+    return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,8 +112,8 @@ class _Member:
             partial(request, peer, HEARTBEAT_PROTOCOL, beat, timeout_s=_BEAT_TIMEOUT_S)
         )
 
-    async def _call(self, function: Callable[[], object]) -> None:
-        await self._thread.call(function)  # type: ignore[arg-type]
+    async def _call(self, function: Callable[[], Awaitable[object]]) -> None:
+        await self._thread.call(function)
 
     def _running(self) -> Libp2pService:
         if self._service is None:

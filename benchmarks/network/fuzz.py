@@ -43,8 +43,6 @@ SEED = int(os.environ.get("SHOAL_FUZZ_SEED", "5"))
 BEAT_PAUSE_S = 0.02
 PACE_S = 0.002
 STRANGERS = "127.0.0.2"
-BESIDE: tuple[str, ...] = ("nice", "-n", "19")
-"""Strangers have machines of their own: what they compute on this one is left out."""
 LIMIT_GROWTH_MIB = 50
 LIMIT_P99 = 2.0
 BLOB = bytes(range(256)) * 256
@@ -188,8 +186,8 @@ async def flood(count: int, quiet_for_s: float, *, is_banning: bool) -> Outcome:
 async def _send(address: str, url: str, digest: str, count: int, seed: int) -> int:
     port, url_port = int(address.split("/")[4]), int(url.rpartition(":")[2])
     async with (
-        party(strangers, address, count, seed, prefix=BESIDE) as libp2p,
-        party(callers, port, url_port, digest, 10 * count, seed, prefix=BESIDE) as sockets,
+        party(strangers, address, count, seed) as libp2p,
+        party(callers, port, url_port, digest, 10 * count, seed) as sockets,
     ):
         return sum(await asyncio.gather(_sent_by(libp2p), _sent_by(sockets)))
 

@@ -1,9 +1,12 @@
-"""``python -m benchmarks.overhead [--pairs 3] [--workers 2] [--job FILE] [--set max_steps=60]``.
+"""``python -m benchmarks.overhead [--pairs 3] [--job FILE] [--set max_steps=60]``.
 
-Each pair runs the example job twice: through a whole market on this machine (chain,
-orchestrator, workers) and as the same rollouts, gradients, updates and evaluations in
-one process with no market, network, chain or verification.  Both start from a ready market
-or a loaded interpreter; the base model is built beforehand.
+Each pair runs the example job through a whole market on this machine (chain, orchestrator,
+two workers) and as the same rollouts, gradients, updates and evaluations in one process with
+no market, network, chain or verification.  All start from a ready market or a loaded
+interpreter; the base model is built beforehand.
+
+The market runs twice: with two workers that each take half of everything, in tasks of half a
+batch, and with one that samples and one that differentiates, in tasks of a whole batch.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from shoal.client.api import ShoalClient
 from shoal.client.devnet import Devnet, DevnetOptions
-from shoal.client.devnet_files import worker_profile
+from shoal.client.devnet_files import WorkerProfile, worker_profile
 from shoal.client.jobfile import load_job_file
 from shoal.client.submission import open_gateway, submit_job
 from shoal.protocol.errors import InvariantBroken
@@ -30,11 +35,58 @@ from shoal.protocol.keystore import load_account
 
 EXAMPLE = Path(__file__).parents[2] / "examples/addition.toml"
 
+# Of one niceness: what is measured is the market, not how unlike the workers are.
+_ALIKE: Final = tuple(replace(worker_profile(n), niceness=0) for n in range(2))
 
-async def run_market(spec: JobSpec, root: Path, workers: int) -> float:
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How two workers share the job.
+
+    Attributes:
+        name: For the table.
+        tasks: The share of a batch that one task is, as the reciprocal.
+        capacities: What each worker holds, in batches of each kind.
+    """
+
+    name: str
+    tasks: int
+    capacities: Sequence[Mapping[str, int]]
+
+    def job(self, spec: JobSpec) -> JobSpec:
+        """The job, cut into tasks for these workers."""
+        size = spec.groups_per_batch // self.tasks
+        tasks = spec.tasks.model_copy(update={"rollout": size, "gradient": size})
+        return spec.model_copy(update={"tasks": tasks})
+
+    def profiles(self, spec: JobSpec) -> tuple[WorkerProfile, ...]:
+        """The two workers."""
+        return tuple(
+            replace(
+                profile,
+                tables={
+                    "capacity": {
+                        k: n * spec.groups_per_batch // self.tasks for k, n in held.items()
+                    }
+                },
+            )
+            for profile, held in zip(_ALIKE, self.capacities, strict=True)
+        )
+
+
+_HALVES: Final = Arrangement(
+    name="each half of everything", tasks=2, capacities=({"rollout": 1, "gradient": 1},) * 2
+)
+_ROLES: Final = Arrangement(
+    name="one samples, one differentiates",
+    tasks=1,
+    capacities=({"rollout": 2, "gradient": 0}, {"rollout": 0, "gradient": 1}),
+)
+
+
+async def run_market(spec: JobSpec, root: Path, arrangement: Arrangement) -> float:
     """Wall seconds from submission to completion, escrow opened and closed included."""
-    # Workers of one kind: what is measured is the market, not how unlike they are.
-    profiles = tuple(replace(worker_profile(n), niceness=0) for n in range(workers))
+    profiles = arrangement.profiles(spec)
     options = DevnetOptions(data_dir=root / "devnet", models_dir=root / "models", profiles=profiles)
     async with (
         Devnet(options) as devnet,
@@ -44,7 +96,7 @@ async def run_market(spec: JobSpec, root: Path, workers: int) -> float:
         gateway = await open_gateway(devnet.info, account)
         async with gateway:
             started_s = time.perf_counter()
-            submitted = await submit_job(client, gateway, spec, account)
+            submitted = await submit_job(client, gateway, arrangement.job(spec), account)
             view = await client.wait(submitted.job_id)
             wall_s = time.perf_counter() - started_s
         if view.state is not JobState.COMPLETE:
@@ -60,10 +112,9 @@ def run_local(spec: JobSpec, models: Path, threads: int) -> float:
 
 
 def main() -> None:
-    """Prints one line a pair, then medians."""
+    """Prints a line for each market run, then medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--job", type=Path, default=EXAMPLE)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -72,19 +123,24 @@ def main() -> None:
         root = Path(name)
         models = root / "models"
         run_local(spec.model_copy(update={"max_steps": 1}), models, 1)
-        rows = []
+        found: dict[tuple[str, int], list[float]] = {}
         for pair in range(arguments.pairs):
-            market_s = asyncio.run(run_market(spec, root, arguments.workers))
-            one_s, two_s = run_local(spec, models, 1), run_local(spec, models, 2)
-            rows.append((market_s / one_s, market_s / two_s))
-            print(
-                f"pair {pair + 1}: market {market_s:.1f} s, one process {one_s:.1f} s "
-                f"(1 thread), {two_s:.1f} s (2 threads); ratios {rows[-1][0]:.2f}, "
-                f"{rows[-1][1]:.2f}",
-                flush=True,
-            )
-        one, two = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"median ratio over {len(rows)} pairs: {one:.2f} (1 thread), {two:.2f} (2 threads)")
+            alone_s = {threads: run_local(spec, models, threads) for threads in (1, 2)}
+            for arrangement in (_HALVES, _ROLES):
+                market_s = asyncio.run(run_market(spec, root, arrangement))
+                ratios = []
+                for threads, wall_s in alone_s.items():
+                    ratios.append(market_s / wall_s)
+                    found.setdefault((arrangement.name, threads), []).append(ratios[-1])
+                print(
+                    f"pair {pair + 1}, {arrangement.name}: market {market_s:.1f} s, one process "
+                    f"{alone_s[1]:.1f} s (1 thread), {alone_s[2]:.1f} s (2 threads); ratios "
+                    + ", ".join(f"{ratio:.2f}" for ratio in ratios),
+                    flush=True,
+                )
+        for (name, threads), ratios in found.items():
+            median = statistics.median(ratios)
+            print(f"median of {len(ratios)}, {name}: {median:.2f} times {threads} thread(s)")
 
 
 if __name__ == "__main__":

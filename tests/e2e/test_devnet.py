@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Market]:
         yield running
 
 
-def test_up_stays_small_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+def test_up_stays_small_and_neither_ctrl_c_nor_a_kill_leaves_anything(tmp_path: Path) -> None:
     with market(tmp_path / "net") as first:
         children = first.family()
         assert len(children) == 5  # the chain, the orchestrator, three workers
@@ -39,40 +40,54 @@ def test_up_stays_small_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     # The same folder starts again, from its saved chain.
     with market(tmp_path / "net", "--workers", "1") as again:
         assert again.ready["requester_key"] == first.ready["requester_key"]
-
-
-def test_a_killed_devnet_leaves_nothing(tmp_path: Path) -> None:
-    with market(tmp_path / "net", "--workers", "1") as running:
-        children = running.family()
-        running.process.kill()
-        running.process.wait()
+        children = again.family()
+        assert len(children) == 3
+        again.process.kill()
+        again.process.wait()
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
 
 
-@pytest.mark.parametrize(
-    ("setting", "code", "words"),
-    [
-        ("sede=1", 3, "'seed'"),
-        ("max_steps='many'", 3, "max_steps"),
-        ("env=[]", 3, "[[env]]"),
-        ("env=[{id='additon'}]", 3, "'addition'"),
-        ("budget.max_total='0'", 3, "budget.max_total is zero"),
-        ("budget.max_total='0.01'", 5, "does not cover one policy update"),
-        ("budget.max_total='1000000'", 5, "holds"),
-        ("model='builtin:tiny-additoin'", 3, "'builtin:tiny-addition'"),
-        ("model='/no/such/folder'", 3, "no such folder"),
-        # Whatever the network: a hub that does not answer, or one that has no such model.
-        ("model='no/such-model-anywhere'", 3, "no/such-model-anywhere"),
-    ],
+BAD_JOBS = (
+    ("sede=1", 3, "'seed'"),
+    ("max_steps='many'", 3, "max_steps"),
+    ("env=[]", 3, "[[env]]"),
+    ("env=[{id='additon'}]", 3, "'addition'"),
+    ("budget.max_total='0'", 3, "budget.max_total is zero"),
+    ("budget.max_total='0.01'", 5, "does not cover one policy update"),
+    ("budget.max_total='1000000'", 5, "holds"),
+    ("model='builtin:tiny-additoin'", 3, "'builtin:tiny-addition'"),
+    ("model='/no/such/folder'", 3, "no such folder"),
+    # Whatever the network: a hub that does not answer, or one that has no such model.
+    ("model='no/such-model-anywhere'", 3, "no/such-model-anywhere"),
 )
-def test_a_bad_job_is_one_sentence_and_costs_nothing(
-    one_worker: Market, setting: str, code: int, words: str
-) -> None:
+
+
+@pytest.fixture(scope="module")
+def refusals(one_worker: Market) -> dict[str, tuple[int, str]]:
+    """The exit code and the sentence for each bad job; two at a time, for most is start-up."""
     before = one_worker.num_jobs()
-    found, sentence = refused("submit", JOB, *one_worker.payer, *settings(setting))
-    assert (found, words in sentence) == (code, True), sentence
+
+    def submit(setting: str) -> tuple[int, str]:
+        return refused("submit", JOB, *one_worker.payer, *settings(setting))
+
+    bad = [setting for setting, _, _ in BAD_JOBS]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(bad, pool.map(submit, bad), strict=True))
     assert one_worker.num_jobs() == before
+    return found
+
+
+@pytest.mark.parametrize(("setting", "code", "words"), BAD_JOBS)
+def test_a_bad_job_is_one_sentence_and_costs_nothing(
+    one_worker: Market,
+    refusals: dict[str, tuple[int, str]],
+    setting: str,
+    code: int,
+    words: str,
+) -> None:
+    found, sentence = refusals[setting]
+    assert (found, words in sentence) == (code, True), sentence
     assert one_worker.healthy()
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
 from blob_holders import ROOM, holder, liar, range_of, reply, served
+from libp2p_strangers import started
 
 from shoal.network.blob_chunks import BLOB_PROTOCOL, Span, encode_span
 from shoal.network.blob_client import BlobClient
@@ -22,7 +22,6 @@ from shoal.network.blob_transfer import FetchRules
 from shoal.network.identity import NodeIdentity
 from shoal.network.libp2p_node import Libp2pNode
 from shoal.network.memory import MemoryHub, MemoryNetwork
-from shoal.network.port import Network
 from shoal.protocol.blob import CHUNK_BYTES, BlobRef
 from shoal.protocol.errors import InvalidRequest, NotFound, Unavailable
 
@@ -32,18 +31,6 @@ QUICK = FetchRules(poll_s=0.05, stall_s=1.0)
 
 def run(main: Coroutine[object, object, None]) -> None:
     asyncio.run(main)
-
-
-@asynccontextmanager
-async def running(*nodes: Network) -> AsyncIterator[None]:
-    """The nodes run inside the block."""
-    try:
-        for node in nodes:
-            await node.start()
-        yield
-    finally:
-        for node in nodes:
-            await node.stop()
 
 
 def memory_nodes(number: int) -> list[MemoryNetwork]:
@@ -69,7 +56,7 @@ def test_peer_serves_over_its_own_connection(tmp_path: Path) -> None:
         ref, small = held.put_bytes(BIG), held.put_bytes(b"adapter")
         gate = UploadGate()
         BlobService(held, a, gate).start()
-        async with running(a, b), BlobClient(BlobStore(tmp_path / "b", ROOM), b) as client:
+        async with started(a, b), BlobClient(BlobStore(tmp_path / "b", ROOM), b) as client:
             # The first dials; then the peer is known by its id alone.
             assert await client.fetch_bytes(small, [a.addresses[0]], timeout_s=30) == b"adapter"
             path = await client.fetch(ref, [f"/p2p/{a.peer_id}"], timeout_s=60)
@@ -93,7 +80,7 @@ def test_holders_of_parts_complete_each_other(tmp_path: Path) -> None:
         hold_part(second, ref, chunk_list, {1})
         a, b = memory_nodes(2)
         BlobService(second, a).start()
-        async with running(a, b), served(first) as url:
+        async with started(a, b), served(first) as url:
             peer = f"/memory/1/p2p/{a.peer_id}"
             for number, chunks in enumerate(((frozenset({0, 2}), frozenset({1})), (None, None))):
                 store = BlobStore(tmp_path / f"to-{number}", ROOM)
@@ -180,7 +167,7 @@ def test_holder_that_turns_up_later_is_asked(tmp_path: Path) -> None:
 
             a, b = memory_nodes(2)
             BlobService(BlobStore(tmp_path / "empty", ROOM), a).start()
-            async with running(a, b):
+            async with started(a, b):
                 store = BlobStore(tmp_path / "b", ROOM)
                 assert ref.chunks_sha256 is not None
                 store.put_bytes(good.read(ref.chunks_sha256))
@@ -210,7 +197,7 @@ def test_requests_that_are_none_are_refused(tmp_path: Path) -> None:
         def span(start: int, size_bytes: int, digest: str = ref.sha256) -> bytes:
             return encode_span(Span(digest=digest, start=start, size_bytes=size_bytes))
 
-        async with running(a, b):
+        async with started(a, b):
             await b.connect(a.addresses[0], timeout_s=5)
             for payload in (b"", b"x" * 43, b"x" * 45, span(0, CHUNK_BYTES + 1), span(len(BIG), 1)):
                 with pytest.raises(InvalidRequest):
@@ -229,7 +216,7 @@ def test_source_that_cannot_be_reached_is_said_by_name(tmp_path: Path) -> None:
     async def main() -> None:
         ref = BlobRef(sha256="a" * 64, size_bytes=10)
         a, b = memory_nodes(2)
-        async with running(b):
+        async with started(b):
             peer = f"/memory/1/p2p/{a.peer_id}"
             async with BlobClient(BlobStore(tmp_path / "b", ROOM), b) as client:
                 with pytest.raises(Unavailable, match="Nobody answers as peer"):

@@ -17,10 +17,10 @@ from shoal.protocol.errors import InvalidRequest, Unavailable
 from shoal.protocol.process import claim_port
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"  # noqa: E501
+# Waits with the signal blocked: a handler that sets an event may interrupt the wait for it.
 GENTLE = (
-    "import signal, sys, threading; done = threading.Event(); "
-    "signal.signal(signal.SIGTERM, lambda *a: done.set()); print('up', flush=True); "
-    "done.wait(60); print('bye', flush=True)"
+    "import signal; asked = {signal.SIGTERM}; signal.pthread_sigmask(signal.SIG_BLOCK, asked); "
+    "print('up', flush=True); signal.sigtimedwait(asked, 60); print('bye', flush=True)"
 )
 
 

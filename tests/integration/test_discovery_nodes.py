@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
+from discovery_world import KEY, WAIT_S, TableWorld, found, run_in
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from shoal.network.discovery import Discovery
@@ -18,16 +17,11 @@ from shoal.protocol.clock import SystemTime
 from shoal.protocol.discovery import ORCHESTRATORS_KEY
 from shoal.protocol.errors import NotFound
 
-KEY = hashlib.sha256(b"a base").hexdigest()
-WAIT_S = 30.0
 LOOPBACK = ("127.0.0.1",)
 
 
-class World:
-    """Started nodes, each with its view of the table; all end with the test."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Libp2pNode, Discovery]] = []
+class World(TableWorld[Libp2pNode]):
+    """Nodes on loopback."""
 
     async def node(
         self, *bootstrap: Libp2pNode, listens: bool = True
@@ -40,35 +34,13 @@ class World:
             time=SystemTime(),
             bootstrap=[other.addresses[0] for other in bootstrap],
         )
-        self._parts.append((network, discovery))
+        self.parts.append((network, discovery))
         await discovery.start()
         return network, discovery
 
-    async def close(self) -> None:
-        for network, discovery in self._parts:
-            await discovery.stop()
-            await network.stop()
-
-
-@asynccontextmanager
-async def world() -> AsyncIterator[World]:
-    made = World()
-    try:
-        yield made
-    finally:
-        await made.close()
-
 
 def run(check: Callable[[World], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with asyncio.timeout(120), world() as made:
-            await check(made)
-
-    asyncio.run(inside())
-
-
-async def found(discovery: Discovery, key: str = KEY) -> set[str]:
-    return {c.peer for c in await discovery.find_providers(key, timeout_s=WAIT_S)}
+    run_in(World, check)
 
 
 def test_a_seeker_finds_holders_and_orchestrator_through_one_bootstrap_node() -> None:

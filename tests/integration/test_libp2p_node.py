@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost
+from libp2p.abc import IHost, INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
@@ -37,7 +37,7 @@ from libp2p_strangers import (
 )
 from multiaddr import Multiaddr
 
-from shoal.network import framing
+from shoal.network import framing, liveness
 from shoal.network.identity import NodeIdentity, peer_id_of
 from shoal.network.libp2p_host import build_host
 from shoal.network.libp2p_node import Libp2pNode
@@ -280,16 +280,21 @@ def _send_raw(port: int, data: bytes) -> None:
             return
 
 
+async def refused_for(stream: INetStream) -> str:
+    """The code of the typed error with which the request on the stream is answered."""
+    status, body = await read_frame(
+        stream, peer=PeerId("t"), expected=frozenset(framing.Status), cap=1 << 20
+    )
+    assert status is framing.Status.ERROR
+    return framing.decode_error(body).code
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, (8 << 20) + 1])
 def test_huge_length_prefix_is_refused_before_any_room_is_made(length: int) -> None:
     async def attack(host: IHost, target: ID) -> None:
         stream = await host.new_stream(target, [TProtocol(ECHO)])
         await stream.write(struct.pack(">QB", length, 0))
-        status, body = await read_frame(
-            stream, peer=PeerId("t"), expected=frozenset(framing.Status), cap=1 << 20
-        )
-        assert status is framing.Status.ERROR
-        assert framing.decode_error(body).code == "message_too_large"
+        assert await refused_for(stream) == "message_too_large"
 
     under_attack(attack)
 
@@ -298,11 +303,7 @@ def test_garbage_on_a_stream_is_answered_with_a_typed_error() -> None:
     async def attack(host: IHost, target: ID) -> None:
         stream = await host.new_stream(target, [TProtocol(ECHO)])
         await stream.write(b"\x00" * 8 + b"\xee" + os.urandom(1000))
-        status, body = await read_frame(
-            stream, peer=PeerId("t"), expected=frozenset(framing.Status), cap=1 << 20
-        )
-        assert status is framing.Status.ERROR
-        assert framing.decode_error(body).code == "bad_frame"
+        assert await refused_for(stream) == "bad_frame"
 
     under_attack(attack)
 
@@ -379,6 +380,26 @@ def test_flood_past_the_flow_control_window_ends_the_peer() -> None:
             assert "flow-control" in await asyncio.wait_for(lost.get(), WAIT_S)
 
     asyncio.run(run())
+
+
+def test_a_peer_whose_goodbye_is_cut_short_is_lost_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        server, client = fresh(), fresh(None)
+        lost: asyncio.Queue[tuple[PeerId, str]] = asyncio.Queue()
+        server.on_peer_lost(lambda peer, cause: lost.put_nowait((peer, cause)))
+        async with started(server, client):
+            await client.connect(server.addresses[0], timeout_s=WAIT_S)
+            await arrived(server, client.peer_id)
+            with monkeypatch.context() as patched:
+                patched.setattr(liveness, "_CLOSE_TIMEOUT_S", 0.0)
+                await server.ban(client.peer_id, "test", for_s=60)
+            told = await asyncio.wait_for(lost.get(), WAIT_S)
+            assert told == (client.peer_id, "it was banned")
+            assert client.peer_id not in server.peers()
+
+    asyncio.run(main())
 
 
 def test_reader_that_stalls_does_not_hold_up_others() -> None:

@@ -181,12 +181,15 @@ def test_what_a_killed_run_left_is_removed_by_the_next_lab() -> None:
         "os._exit(1)\n"
     )
     here = os.path.dirname(os.path.dirname(__file__))
-    killed = subprocess.run(
-        [sys.executable, "-c", script, here], capture_output=True, text=True, check=False
-    )
-    netns = killed.stdout.strip()
     listing = ["ip", "netns"]
-    assert netns in subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    with subprocess.Popen(
+        [sys.executable, "-c", script, here], stdout=subprocess.PIPE, text=True
+    ) as killed:
+        assert killed.stdout is not None
+        netns = killed.stdout.readline().strip()
+        # Until it is waited for it keeps its number, and no lab beside this test sweeps up.
+        os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+        assert netns in subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     with NetLab():
         left = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     assert netns not in left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,16 +72,24 @@ def test_a_job_killed_anywhere_ends_with_the_same_weights_and_scores(
     undisturbed: Ending, base: Path, tmp_path: Path
 ) -> None:
     draw, steps = random.Random(20), undisturbed.steps_counted
-    for number, kills in enumerate(KILLS_PER_JOB):
+
+    def kill_at(kills: int) -> int:
+        low, high = (1, steps // 5) if kills > 1 else (steps // 3, steps * 9 // 10)
+        return draw.randrange(low, high)
+
+    def ended(number: int, kills_at: list[int]) -> Ending:
         folder = tmp_path / str(number)
-        for _ in range(kills):
-            low, high = (1, steps // 5) if kills > 1 else (steps // 3, steps * 9 // 10)
-            kill_at = draw.randrange(low, high)
-            assert played(Play(folder=folder, base=base, kill_at=kill_at)) is None
-        ending = finished(Play(folder=folder, base=base))
-        assert same_learning(ending, undisturbed)
-        # Work accepted before a kill was neither lost nor bought again.
-        assert ending.paid_rollouts == undisturbed.paid_rollouts
+        for step in kills_at:
+            assert played(Play(folder=folder, base=base, kill_at=step)) is None
+        return finished(Play(folder=folder, base=base))
+
+    jobs = [[kill_at(kills) for _ in range(kills)] for kills in KILLS_PER_JOB]
+    # Two jobs at a time: each computes in one thread.
+    with ThreadPoolExecutor(2) as pool:
+        for ending in pool.map(ended, range(len(jobs)), jobs):
+            assert same_learning(ending, undisturbed)
+            # Work accepted before a kill was neither lost nor bought again.
+            assert ending.paid_rollouts == undisturbed.paid_rollouts
 
 
 def test_forgetting_the_optimisers_moments_would_show(

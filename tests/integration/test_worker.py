@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from aiohttp import web
 from eth_account.signers.local import LocalAccount
+from learning_fixtures import write_base
 from worker_double import OrchestratorDouble
 
 from shoal.contracts.anvil import Anvil, dev_account
@@ -24,7 +25,6 @@ from shoal.contracts.gateway import ChainGateway
 from shoal.contracts.records import Deployment, EpochPost
 from shoal.models.base import describe_base
 from shoal.models.policy import Policy
-from shoal.models.tiny import build_model, build_tokenizer
 from shoal.network.blob_server import BlobServer
 from shoal.network.blob_store import BlobStore
 from shoal.network.identity import NodeIdentity, public_key_of
@@ -130,7 +130,7 @@ async def market(directory: Path) -> AsyncIterator[Market]:
         await requester.escrow.open_job(JOB_DIGEST, coordinator.account, BUDGET_MICROS, deadline_s)
         job_id = _job_id(requester.account)
 
-        folder = _tiny_base(directory / "model")
+        folder = write_base(directory / "model")
         store = BlobStore(directory / "blobs", 1 << 30)
         base = describe_base("builtin:test", folder, store.put_file)
         # Sums are split by thread: only with the worker's own number are they bit-equal.
@@ -188,13 +188,6 @@ async def _gateways(
         )
         for number in range(3)
     ]
-
-
-def _tiny_base(folder: Path) -> Path:
-    tokenizer = build_tokenizer()
-    build_model(0, len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _job_id(requester: str) -> str:

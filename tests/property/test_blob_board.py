@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.network.blob_board import Board, Chunk, Giver, Reading
 from shoal.protocol.blob import CHUNK_BYTES
+from shoal.protocol.holders import FINE_CHUNK_BYTES
 
 
 @dataclass
@@ -215,3 +216,25 @@ def test_holder_is_asked_for_no_longer_a_piece_than_it_takes() -> None:
         reading = Board([CHUNK_BYTES] * 4, range(4), None).take(giver, 0.0)
         assert reading is not None
         assert reading.end - reading.start == longest
+
+
+def test_small_chunks_are_shared_only_where_few_are_left() -> None:
+    givers = {name: Giver(name, max_readings=1, rate=300_000.0) for name in "abcd"}
+    board = Board([FINE_CHUNK_BYTES] * 5, range(5), None)
+    board.givers.update(givers)
+
+    def asked(name: str) -> Reading:
+        reading = board.take(givers[name], 0.0)
+        assert reading is not None
+        return reading
+
+    first = asked("a")
+    assert (first.start, first.end) == (0, FINE_CHUNK_BYTES)
+    board = Board([FINE_CHUNK_BYTES], range(1), None)
+    board.givers.update({name: Giver(name, max_readings=1, rate=300_000.0) for name in "abcd"})
+    givers = board.givers
+    shares = [asked(name) for name in "abcd"]
+    assert {reading.chunk for reading in shares} == {shares[0].chunk}
+    assert sorted((reading.start, reading.end) for reading in shares) == [
+        (at, at + FINE_CHUNK_BYTES // 4) for at in range(0, FINE_CHUNK_BYTES, FINE_CHUNK_BYTES // 4)
+    ]

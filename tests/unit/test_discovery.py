@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 import pytest
+from discovery_world import KEY, WAIT_S, TableWorld, found, run_in
 
 from shoal.network.discovery import FORGIVE_MS, TTL_S, Discovery
 from shoal.network.identity import NodeIdentity
@@ -26,21 +26,18 @@ from shoal.protocol.discovery import (
 from shoal.protocol.errors import InvalidRequest, NotFound, PeerFault
 from shoal.protocol.ids import PeerId
 
-KEY = hashlib.sha256(b"a blob").hexdigest()
-WAIT_S = 30.0
-
 
 def in_memory(address: str, peer: str) -> bool:
     return address == f"/memory/1/p2p/{peer}"
 
 
-class World:
-    """Nodes in one hub, each with its view of the table."""
+class World(TableWorld[MemoryNetwork]):
+    """Nodes in one hub."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.hub = MemoryHub()
         self.time = ManualTime()
-        self.parts: list[tuple[MemoryNetwork, Discovery]] = []
         self._count = 0
 
     async def network(self, *, listens: bool = True) -> MemoryNetwork:
@@ -65,31 +62,9 @@ class World:
         self.parts.append((network, discovery))
         return network, discovery
 
-    async def close(self) -> None:
-        for network, discovery in self.parts:
-            await discovery.stop()
-            await network.stop()
-
-
-@asynccontextmanager
-async def world() -> AsyncIterator[World]:
-    made = World()
-    try:
-        yield made
-    finally:
-        await made.close()
-
 
 def run(check: Callable[[World], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with world() as made:
-            await check(made)
-
-    asyncio.run(inside())
-
-
-async def found(discovery: Discovery, key: str = KEY) -> set[str]:
-    return {c.peer for c in await discovery.find_providers(key, timeout_s=WAIT_S)}
+    run_in(World, check)
 
 
 def test_a_seeker_that_knows_one_node_finds_providers_it_never_heard_of() -> None:

@@ -110,21 +110,34 @@ def test_a_bid_that_its_handicap_lifts_above_the_reserve_wins_nothing(tmp_path: 
     run(scenario)
 
 
+def prices_stay(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: a posted price keeps nobody out."""
+    clearings = lab.orchestrator.auctioneer._clearings
+    monkeypatch.setattr(clearings, "_is_shut", lambda *_: False)
+
+
+async def posted_between(lab: Lab, **bid: Any) -> tuple[str, Peer, Peer]:
+    """A job at a posted price of 310 micros, and two who bid 100 and 300 for its rollouts.
+
+    With a newcomer's handicap the dearer one is above the price.
+    """
+    job = await lab.add_job()
+    cheap, dear = await lab.peer(), await lab.peer()
+    await cheap.bid(price_micros=100, **bid)
+    await dear.bid(price_micros=300, **bid)
+    lab.orchestrator.auctioneer._clearings._posted[job, TaskKind.ROLLOUT] = 310
+    return job, cheap, dear
+
+
 @pytest.mark.parametrize("prices_rise", [True, False])
 def test_a_posted_price_that_only_an_absent_node_takes_rises_until_one_that_is_here_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prices_rise: bool
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            clearings = lab.orchestrator.auctioneer._clearings
             if not prices_rise:
-                # The negative control.
-                monkeypatch.setattr(clearings, "_is_shut", lambda *_: False)
-            job = await lab.add_job()
-            cheap, honest = await lab.peer(), await lab.peer()
-            await cheap.bid(price_micros=100)
-            await honest.bid(price_micros=300)
-            clearings._posted[job, TaskKind.ROLLOUT] = 310
+                prices_stay(lab, monkeypatch)
+            job, cheap, honest = await posted_between(lab)
             sale = await lab.open_sale(job)
             sell(lab)
             # A newcomer's handicap of 39 keeps the honest one out, and then the cheap one goes.
@@ -151,15 +164,9 @@ def test_a_posted_price_rises_for_work_that_waits_while_a_dearer_node_is_idle(
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            clearings = lab.orchestrator.auctioneer._clearings
             if not prices_rise:
-                # The negative control.
-                monkeypatch.setattr(clearings, "_is_shut", lambda *_: False)
-            job = await lab.add_job()
-            cheap, dear = await lab.peer(), await lab.peer()
-            await cheap.bid(price_micros=100, capacity=2)
-            await dear.bid(price_micros=300, capacity=2)
-            clearings._posted[job, TaskKind.ROLLOUT] = 310
+                prices_stay(lab, monkeypatch)
+            job, cheap, dear = await posted_between(lab, capacity=2)
             sale = await lab.open_sale(job, num_units=4, parcel_units=2)
             sell(lab)
             await taken(lab, cheap)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from learning_fixtures import write_base
 from orchestrator_chain import MemoryChain
-from orchestrator_lab import TIMEOUT_S, Lab, open_lab, run
+from orchestrator_jobs import ended, submitted
+from orchestrator_lab import Lab, open_lab, run
 
 from shoal.contracts.delivery import Landing
 from shoal.contracts.transactions import Call
@@ -17,9 +19,7 @@ from shoal.network.identity import NodeIdentity
 from shoal.orchestrator import jobs
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.main import Orchestrator
-from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import ChainRejected, Unavailable
-from shoal.protocol.job import JobState
 
 BOND = 3_000_000
 WINDOW_S = 100
@@ -104,6 +104,17 @@ class BondedChain(MemoryChain):
         self.escrows[job_id] = self.escrows[job_id].model_copy(update=changes)
 
 
+@asynccontextmanager
+async def bonded(folder: Path) -> AsyncIterator[tuple[Lab, BondedChain, str]]:
+    """A lab with a job whose bond is up."""
+    chain = BondedChain()
+    async with open_lab(folder, chain=chain) as lab:
+        job = await lab.add_job()
+        await lab.orchestrator.bonds.open()
+        await lab.orchestrator.bonds.put_up(job)
+        yield lab, chain, job
+
+
 async def restarted(lab: Lab) -> Orchestrator:
     """Another process over the same database and chain."""
     orchestrator = Orchestrator(lab.context, "http://api.invalid", lambda: "http://b.invalid")
@@ -141,11 +152,7 @@ def test_a_bond_is_put_up_once_whatever_stops_in_between(tmp_path: Path) -> None
 
 def test_a_bond_comes_back_once_after_the_end_of_its_job_and_not_before(tmp_path: Path) -> None:
     async def scenario() -> None:
-        chain = BondedChain()
-        async with open_lab(tmp_path, chain=chain) as lab:
-            job = await lab.add_job()
-            await lab.orchestrator.bonds.open()
-            await lab.orchestrator.bonds.put_up(job)
+        async with bonded(tmp_path) as (lab, chain, job):
             await lab.orchestrator.bonds.take_back()
             assert chain.escrows[job].bond_micros == BOND
             await lab.orchestrator.settler.close(job)
@@ -174,11 +181,7 @@ def test_a_bond_comes_back_once_after_the_end_of_its_job_and_not_before(tmp_path
 
 def test_a_bond_the_court_took_is_asked_back_by_nobody(tmp_path: Path) -> None:
     async def scenario() -> None:
-        chain = BondedChain()
-        async with open_lab(tmp_path, chain=chain) as lab:
-            job = await lab.add_job()
-            await lab.orchestrator.bonds.open()
-            await lab.orchestrator.bonds.put_up(job)
+        async with bonded(tmp_path) as (lab, chain, job):
             sent = len(chain.ledger.broadcasts)
             chain._change(job, frozen=True, closed=True, bond_micros=0, deadline_s=NOW_S)
             chain.seconds += WINDOW_S
@@ -221,23 +224,15 @@ def test_a_job_runs_only_once_its_bond_is_up(
                 return ""
 
             monkeypatch.setattr(JobRun, "run", play)
-            row = await lab.orchestrator.intake.submit(lab.make_job(model=base))
-            chain.open(row.job_id, lab.context.account.address)
-
-            def fund(session: Any) -> None:
-                session.get_one(JobRow, row.job_id).state = JobState.RUNNING.value
-
-            await lab.context.database.run(fund)
+            job = await submitted(lab, base)
             await lab.orchestrator.bonds.open()
-            await lab.orchestrator.jobs.start(row.job_id)
-            async with asyncio.timeout(TIMEOUT_S):
-                await asyncio.gather(*lab.orchestrator.jobs._tasks)
-            ended = await lab.orchestrator.intake.require(row.job_id)
-            assert chain.escrows[row.job_id].closed
+            await lab.orchestrator.jobs.start(job)
+            row = await ended(lab, job)
+            assert chain.escrows[job].closed
             if tokens >= BOND:
-                assert (ended.state, bonds_seen) == ("complete", [BOND])
+                assert (row.state, bonds_seen) == ("complete", [BOND])
             else:
-                assert (ended.state, bonds_seen) == ("failed", [])
-                assert "has to put up $3.00 of its own tokens" in ended.reason
+                assert (row.state, bonds_seen) == ("failed", [])
+                assert "has to put up $3.00 of its own tokens" in row.reason
 
     run(scenario)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from market_records import lease as lease_record
 from orchestrator_bidders import certificates, conclude, sell, taken, three
-from orchestrator_lab import Lab, Sale, open_lab, run
+from orchestrator_lab import Lab, Sale, database_away, open_lab, run
 
 from shoal.orchestrator.placement import Placement
-from shoal.orchestrator.store.database import Database
 from shoal.protocol.errors import Unavailable
 from shoal.protocol.market import Lease
 from shoal.protocol.node import FailureCause
@@ -107,12 +105,7 @@ def test_a_raise_that_could_not_be_written_down_is_made_once(
             placement = await clearings.placement()
             for rung in (0, 1):
                 placement.note_failure(clearings.parcel, clearings.lease(placement, rung))
-
-            async def fail(self: Database, work: Any) -> Any:
-                raise Unavailable("The database is away.")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(Database, "run", fail)
+            with database_away(monkeypatch):
                 for _ in range(3):
                     with pytest.raises(Unavailable):
                         await clearings.placement()
@@ -152,6 +145,25 @@ def test_the_same_clearing_twice_in_a_millisecond_is_one_certificate(tmp_path: P
             assert second is not first
             assert second.sha256 == first.sha256
             assert len(await certificates(lab)) == 1
+
+    run(scenario)
+
+
+def test_a_clearing_that_comes_back_after_another_is_one_certificate(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            clearings = await Clearing.make(lab, peers=0)
+            waiting = clearings.sale.workload.waiting
+            both = await clearings.placement()
+            both.note_failure(clearings.parcel, lease_record())
+            other = waiting.pop()
+            alone = await clearings.placement()
+            assert alone.sha256 != both.sha256
+            waiting.append(other)
+            alone.note_failure(other, lease_record())
+            clearings.parcel = other
+            assert (await clearings.placement()).sha256 == both.sha256
+            assert len(await certificates(lab)) == 2
 
     run(scenario)
 

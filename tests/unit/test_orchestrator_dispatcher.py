@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from orchestrator_chain import FUNDED_MICROS
-from orchestrator_lab import DOMAIN, Lab, Peer, Sale, arrival, open_lab, run, until
+from orchestrator_lab import DOMAIN, Lab, Peer, Sale, arrival, database_away, open_lab, run, until
 
 from shoal.market.lease import LeaseState
 from shoal.orchestrator.leases import LiveLease
-from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.protocol.errors import (
     Clock,
@@ -129,14 +128,8 @@ def test_a_database_that_fails_a_grant_loses_no_unit(
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             deal = await Deal.make(lab)
-
-            async def fail(self: Database, work: Any) -> Any:
-                raise Unavailable("The database is away.")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(Database, "run", fail)
-                with pytest.raises(Unavailable):
-                    await deal.grant()
+            with database_away(monkeypatch), pytest.raises(Unavailable):
+                await deal.grant()
             assert deal.untouched()
             await deal.lease()
 
@@ -150,13 +143,8 @@ def test_a_database_that_fails_an_ending_loses_no_unit(
         async with open_lab(tmp_path) as lab:
             deal = await Deal.make(lab)
             await deal.lease()
-
-            async def fail(self: Database, work: Any) -> Any:
-                raise Unavailable("The database is away.")
-
             lab.time.advance(10_000)
-            with monkeypatch.context() as patch:
-                patch.setattr(Database, "run", fail)
+            with database_away(monkeypatch):
                 await deal.dispatcher.reap()
             assert deal.untouched()
 
@@ -283,14 +271,8 @@ def test_a_database_that_fails_a_submission_still_has_it_judged(
             offer, _ = await deal.lease()
             deal.upload()
             message = deal.peer.message(offer, PAYLOAD)
-
-            async def fail(self: Database, work: Any) -> Any:
-                raise Unavailable("The database is away.")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(Database, "run", fail)
-                with pytest.raises(Unavailable):
-                    await deal.peer.submit(message)
+            with database_away(monkeypatch), pytest.raises(Unavailable):
+                await deal.peer.submit(message)
             await deal.peer.submit(message)
             assert deal.dispatcher.submissions.qsize() == 1
 

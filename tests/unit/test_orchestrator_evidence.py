@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 from learning_fixtures import Lab as School
 from learning_fixtures import spread_rewards, write_base
+from orchestrator_court import taught
 from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
 
 from shoal.protocol.canonical import sha256_hex
@@ -110,13 +110,7 @@ class Bench:
 @asynccontextmanager
 async def bench(folder: Path, school: School) -> AsyncIterator[Bench]:
     async with open_lab(folder) as lab:
-        job = await lab.add_job()
-        lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
-        learner = SimpleNamespace(
-            auditor=school.policy, spec=school.plan.spec, environments=school.environments
-        )
-        running = SimpleNamespace(learner=learner, selling=False, policy=None)
-        lab.orchestrator.jobs._running[job] = cast(Any, running)
+        job = await taught(lab, school)
         lab.start(lab.orchestrator.verifier.run())
         yield Bench(lab, school, job, await lab.peer())
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from learning_fixtures import write_base
-from orchestrator_lab import TIMEOUT_S, Lab, Sale, open_lab, run, until
+from orchestrator_jobs import ended, submitted
+from orchestrator_lab import Lab, Sale, open_lab, run, until
 
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.settler import JobFrozen
-from shoal.orchestrator.store.tables import JobRow
-from shoal.protocol.job import JobState
 from shoal.provenance.bundle import read_bundle
 
 
@@ -26,24 +24,6 @@ def freeze(lab: Lab, job: str) -> None:
     """The court has decided: the escrow is closed and frozen."""
     changes = {"frozen": True, "closed": True}
     lab.chain.escrows[job] = lab.chain.escrows[job].model_copy(update=changes)
-
-
-async def funded(lab: Lab, base: str) -> str:
-    row = await lab.orchestrator.intake.submit(lab.make_job(model=base))
-    lab.chain.open(row.job_id, lab.context.account.address)
-
-    def fund(session: Any) -> None:
-        stored = session.get_one(JobRow, row.job_id)
-        stored.state, stored.funded_micros = JobState.RUNNING.value, 1_000_000
-
-    await lab.context.database.run(fund)
-    return row.job_id
-
-
-async def ended(lab: Lab, job: str) -> JobRow:
-    async with asyncio.timeout(TIMEOUT_S):
-        await asyncio.gather(*lab.orchestrator.jobs._tasks)
-    return await lab.orchestrator.intake.require(job)
 
 
 def test_a_freeze_takes_back_every_lease_and_ends_the_job_with_its_model_released(
@@ -60,7 +40,7 @@ def test_a_freeze_takes_back_every_lease_and_ends_the_job_with_its_model_release
                 return ""
 
             monkeypatch.setattr(JobRun, "run", play)
-            job, peer = await funded(lab, base), await lab.peer()
+            job, peer = await submitted(lab, base), await lab.peer()
             await lab.orchestrator.jobs.start(job)
             await until(lambda: bool(sales))
             offer, live = await lab.lease(peer, sales[0])
@@ -103,7 +83,7 @@ def test_a_job_frozen_in_its_last_moment_has_failed_whatever_it_learnt(
                 return ""
 
             monkeypatch.setattr(JobRun, "run", play)
-            job = await funded(lab, base)
+            job = await submitted(lab, base)
             await lab.orchestrator.jobs.start(job)
             row = await ended(lab, job)
             assert (row.state, lab.chain.escrows[job].epoch) == ("failed", 0)

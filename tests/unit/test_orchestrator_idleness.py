@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from orchestrator_bidders import sell, three
-from orchestrator_lab import Lab, Peer, open_lab, run
+from orchestrator_lab import Lab, Peer, Sale, open_lab, run
 
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import (
@@ -44,6 +45,16 @@ async def sold(lab: Lab) -> None:
     await lab.settled()
 
 
+async def passed_over(lab: Lab, *, bid: dict[str, Any], **lot: Any) -> tuple[Peer, Sale]:
+    """The only bidder for a lot, and the lot, once that was sold to nobody."""
+    job = await lab.add_job()
+    peer = await lab.peer()
+    await peer.bid(**bid)
+    sale = await lab.open_sale(job, **lot)
+    await sold(lab)
+    return peer, sale
+
+
 def test_who_is_outbid_hears_its_place(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
@@ -63,11 +74,8 @@ def test_who_is_outbid_hears_its_place(tmp_path: Path) -> None:
 def test_who_is_too_dear_hears_both_prices(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            job = await lab.add_job()
-            dear = await lab.peer()
-            await dear.bid(price_micros=700)
-            await lab.open_sale(job, num_units=2, reserve_micros=500)
-            await sold(lab)
+            lot = {"num_units": 2, "reserve_micros": 500}
+            dear, _ = await passed_over(lab, bid={"price_micros": 700}, **lot)
             assert await told(dear) == (
                 IdleReason.ABOVE_RESERVE,
                 IdleDetail(kind=ROLLOUT, limit_micros=500, price_micros=700),
@@ -79,11 +87,8 @@ def test_who_is_too_dear_hears_both_prices(tmp_path: Path) -> None:
 def test_who_is_too_small_hears_both_sizes(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            job = await lab.add_job()
-            small = await lab.peer()
-            await small.bid(capacity=1)
-            await lab.open_sale(job, num_units=8, parcel_units=4)
-            await sold(lab)
+            lot = {"num_units": 8, "parcel_units": 4}
+            small, _ = await passed_over(lab, bid={"capacity": 1}, **lot)
             assert await told(small) == (
                 IdleReason.TASK_TOO_LARGE,
                 IdleDetail(kind=ROLLOUT, task_units=4, capacity_units=1),
@@ -95,11 +100,7 @@ def test_who_is_too_small_hears_both_sizes(tmp_path: Path) -> None:
 def test_whose_stake_is_too_small_hears_what_is_needed(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            job = await lab.add_job()
-            poor = await lab.peer()
-            await poor.bid()
-            sale = await lab.open_sale(job, reserve_micros=50_000)
-            await sold(lab)
+            poor, sale = await passed_over(lab, bid={}, reserve_micros=50_000)
             reason, detail = await told(poor)
             assert reason is IdleReason.STAKE_TOO_SMALL
             needed = lab.orchestrator.record.backing_micros(sale.workload, 2)

@@ -13,7 +13,8 @@ import pytest
 from deliveries import made_up_delivery
 from learning_fixtures import write_base
 from orchestrator_chain import MemoryChain
-from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, Sale, open_lab, run
+from orchestrator_jobs import ended, submitted
+from orchestrator_lab import DOMAIN, Sale, open_lab, run
 
 from shoal.network.identity import NodeIdentity
 from shoal.orchestrator import jobs
@@ -27,7 +28,7 @@ from shoal.protocol.errors import (
     OverBudget,
     Unauthorised,
 )
-from shoal.protocol.job import JobCommand, JobCommandKind, JobState, TaskSizes
+from shoal.protocol.job import JobCommand, JobCommandKind, TaskSizes
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.signing import sign
 from shoal.provenance.bundle import read_bundle
@@ -40,26 +41,6 @@ Play = Callable[[JobRun], Awaitable[None]]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_base(tmp_path_factory.mktemp("base")))
-
-
-async def ended(lab: Lab, job_id: str) -> JobRow:
-    """The job's row once its task is over."""
-    async with asyncio.timeout(TIMEOUT_S):
-        await asyncio.gather(*lab.orchestrator.jobs._tasks)
-    return await lab.orchestrator.intake.require(job_id)
-
-
-async def submitted(lab: Lab, base: str, **spec: Any) -> str:
-    """A job whose escrow is funded and which has not been started."""
-    row = await lab.orchestrator.intake.submit(lab.make_job(model=base, **spec))
-    lab.chain.open(row.job_id, lab.context.account.address)
-
-    def fund(session: Any) -> None:
-        stored = session.get_one(JobRow, row.job_id)
-        stored.state, stored.funded_micros = JobState.RUNNING.value, 1_000_000
-
-    await lab.context.database.run(fund)
-    return row.job_id
 
 
 def plays(monkeypatch: pytest.MonkeyPatch, play: Play) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 from learning_fixtures import Lab as School
 from learning_fixtures import write_base
+from orchestrator_court import learner_of
 from orchestrator_lab import Lab, Sale, open_lab, run, until
 from sqlalchemy.orm import Session
 
@@ -42,9 +43,7 @@ class Past:
 
     def __init__(self, lab: Lab, school: School, job: str) -> None:
         self.lab, self.school, self.job = lab, school, job
-        self.learner = SimpleNamespace(
-            auditor=school.policy, spec=school.plan.spec, environments=school.environments
-        )
+        self.learner = learner_of(school)
 
     def sale(self) -> Sale:
         sale = Sale(self.job, 2, 1_000, 2)

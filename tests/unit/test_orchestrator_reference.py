@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 from learning_fixtures import make_spec, write_base
-from orchestrator_lab import TIMEOUT_S, Lab, open_lab, run
+from orchestrator_jobs import ended, submitted
+from orchestrator_lab import open_lab, run
 
 from shoal.market.reserve import raised, reference_price, reserve_for
 from shoal.orchestrator.config import load_config
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.reference import Benchmark, lowest_reserve
-from shoal.orchestrator.store.tables import JobRow
 from shoal.orchestrator.workload import Delivery
 from shoal.protocol.certificate import ReserveOrigin
 from shoal.protocol.errors import InvalidRequest
-from shoal.protocol.job import JobState
 from shoal.protocol.market import TaskKind
 
 GPU, DEAR_GPU = "NVIDIA RTX A6000", "NVIDIA H200"
@@ -104,23 +102,6 @@ def test_the_gpu_that_does_it_cheapest_is_the_reference() -> None:
     assert lowest_reserve([], 7) == reserve_for(7)
 
 
-async def played(lab: Lab, base: str, monkeypatch: pytest.MonkeyPatch, play: Any) -> JobRow:
-    """A job whose run is ``play``, at its end."""
-    monkeypatch.setattr(JobRun, "run", play)
-    row = await lab.orchestrator.intake.submit(lab.make_job(model=base))
-    lab.chain.open(row.job_id, lab.context.account.address)
-
-    def fund(session: Any) -> None:
-        stored = session.get_one(JobRow, row.job_id)
-        stored.state, stored.funded_micros = JobState.RUNNING.value, 1_000_000
-
-    await lab.context.database.run(fund)
-    await lab.orchestrator.jobs.start(row.job_id)
-    async with asyncio.timeout(TIMEOUT_S):
-        await asyncio.gather(*lab.orchestrator.jobs._tasks)
-    return await lab.orchestrator.intake.require(row.job_id)
-
-
 @pytest.mark.parametrize("is_benchmarked", [True, False])
 def test_what_a_job_announces_and_sells_is_below_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_benchmarked: bool
@@ -165,7 +146,10 @@ def test_what_a_job_announces_and_sells_is_below_the_reference(
                 (job,) = lab.orchestrator.jobs.open_jobs()
                 return job.reserve_micros
 
-            ended = await played(lab, base, monkeypatch, play)
-            assert (ended.state, ended.reason) == ("complete", "")
+            monkeypatch.setattr(JobRun, "run", play)
+            job_id = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job_id)
+            row_at_end = await ended(lab, job_id)
+            assert (row_at_end.state, row_at_end.reason) == ("complete", "")
 
     run(scenario)

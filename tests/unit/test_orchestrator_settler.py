@@ -207,22 +207,29 @@ def test_epochs_that_wait_for_the_chain_are_posted_in_order(tmp_path: Path) -> N
     run(scenario)
 
 
+async def owing_and_unable_to_close(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A job that owes Alice 300, and whose epoch the database failed to close."""
+    job = await lab.add_job()
+    settler = lab.orchestrator.settler
+    await pay(lab, job, ALICE, 300)
+
+    def fail(*_: object) -> None:
+        raise Unavailable("The database is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(settler, "_close", fail)
+        with pytest.raises(Unavailable):
+            await settler.settle(job)
+    return job
+
+
 def test_a_database_that_fails_while_closing_loses_no_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            job = await lab.add_job()
             settler = lab.orchestrator.settler
-            await pay(lab, job, ALICE, 300)
-
-            def fail(*_: object) -> None:
-                raise Unavailable("The database is away.")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(settler, "_close", fail)
-                with pytest.raises(Unavailable):
-                    await settler.settle(job)
+            job = await owing_and_unable_to_close(lab, monkeypatch)
             assert lab.orchestrator.journal.open_epoch(job) == 2
             await pay(lab, job, BOB, 100)
             assert await settler.settle(job)
@@ -239,17 +246,8 @@ def test_a_database_that_fails_the_very_last_closing_loses_no_pay(
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
-            job = await lab.add_job()
             settler = lab.orchestrator.settler
-            await pay(lab, job, ALICE, 300)
-
-            def fail(*_: object) -> None:
-                raise Unavailable("The database is away.")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(settler, "_close", fail)
-                with pytest.raises(Unavailable):
-                    await settler.settle(job)
+            job = await owing_and_unable_to_close(lab, monkeypatch)
             # Nothing more is stated: the job is at its end.
             while await settler.settle(job):
                 pass

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from learning_fixtures import Lab as School
 from learning_fixtures import write_base
+from orchestrator_court import taught
 from orchestrator_lab import Lab, Peer, Sale, arrival, open_lab, run, until
 
 from shoal.market.lease import LeaseState
@@ -51,6 +51,13 @@ class Race:
         await self.peers[number].beat(offer)
         return offer, live
 
+    async def both(self) -> tuple[tuple[LeaseOffer, LiveLease], tuple[LeaseOffer, LiveLease]]:
+        """The first worker is late, and the second has been leased the same units."""
+        first = await self.begin()
+        await self.peers[1].bid(price_micros=20)
+        await self.pass_ms(LATE_MS + 1, slow=(0, first[0]))
+        return first, await self.taken(1)
+
     async def pass_ms(self, span_ms: int, **beating: tuple[int, LeaseOffer]) -> None:
         """Time passes; all workers are there, and the named ones make progress all the while."""
         for _ in range(span_ms // 1_000):
@@ -85,13 +92,7 @@ def pay(offer: LeaseOffer) -> int:
 @asynccontextmanager
 async def race(folder: Path, school: School) -> AsyncIterator[Race]:
     async with open_lab(folder) as lab:
-        job = await lab.add_job()
-        lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
-        learner = SimpleNamespace(
-            auditor=school.policy, spec=school.plan.spec, environments=school.environments
-        )
-        running = SimpleNamespace(learner=learner, selling=False, policy=None)
-        lab.orchestrator.jobs._running[job] = cast(Any, running)
+        job = await taught(lab, school)
         peers = [await lab.peer(), await lab.peer()]
         await peers[0].bid(price_micros=10)
         sale = await lab.open_sale(job, 2)
@@ -168,10 +169,7 @@ def test_the_first_valid_result_is_paid_and_the_other_let_go_without_blame(
 ) -> None:
     async def scenario() -> None:
         async with race(tmp_path, school) as contest:
-            first = await contest.begin()
-            await contest.peers[1].bid(price_micros=20)
-            await contest.pass_ms(LATE_MS + 1, slow=(0, first[0]))
-            leases = [first, await contest.taken(1)]
+            leases = await contest.both()
             offer, live = leases[winner]
             _, other = leases[1 - winner]
             await contest.peers[winner].submit(contest.message(winner, offer))
@@ -195,10 +193,7 @@ def test_the_first_valid_result_is_paid_and_the_other_let_go_without_blame(
 def test_of_two_results_in_the_queue_one_is_judged_and_paid(tmp_path: Path, school: School) -> None:
     async def scenario() -> None:
         async with race(tmp_path, school) as contest:
-            slow, slow_live = await contest.begin()
-            await contest.peers[1].bid(price_micros=20)
-            await contest.pass_ms(LATE_MS + 1, slow=(0, slow))
-            fast, fast_live = await contest.taken(1)
+            (slow, slow_live), (fast, fast_live) = await contest.both()
             messages = [contest.message(0, slow), contest.message(1, fast)]
             await contest.peers[0].submit(messages[0])
             await contest.peers[1].submit(messages[1])
@@ -214,10 +209,7 @@ def test_of_two_results_in_the_queue_one_is_judged_and_paid(tmp_path: Path, scho
 def test_when_one_of_the_two_fails_the_other_goes_on_alone(tmp_path: Path, school: School) -> None:
     async def scenario() -> None:
         async with race(tmp_path, school) as contest:
-            slow, slow_live = await contest.begin()
-            await contest.peers[1].bid(price_micros=20)
-            await contest.pass_ms(LATE_MS + 1, slow=(0, slow))
-            fast, _ = await contest.taken(1)
+            (slow, slow_live), (fast, _) = await contest.both()
             await contest.peers[1].fail(fast, FailureCause.OUT_OF_MEMORY)
             assert contest.sale.workload.waiting == []
             assert slow_live.rival is None
@@ -233,10 +225,7 @@ def test_a_last_attempt_ends_no_job_while_another_lease_may_still_deliver(
 ) -> None:
     async def scenario() -> None:
         async with race(tmp_path, school) as contest:
-            slow, slow_live = await contest.begin()
-            await contest.peers[1].bid(price_micros=20)
-            await contest.pass_ms(LATE_MS + 1, slow=(0, slow))
-            fast, _ = await contest.taken(1)
+            (slow, slow_live), (fast, _) = await contest.both()
             workload = contest.sale.workload
             limit = contest.lab.context.config.max_attempts
             workload.attempts.update(dict.fromkeys(slow_live.units, limit))

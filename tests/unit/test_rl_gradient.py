@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning_fixtures import Lab, make_spec, spread_rewards, write_base
+from learning_fixtures import Lab, graded_groups, make_spec, write_base
 
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, Unavailable
@@ -17,19 +17,16 @@ from shoal.protocol.task import GradientTask
 from shoal.rl import codec
 from shoal.rl import differentiate as differentiate_module
 from shoal.rl.aggregation import AdapterOptimizer
-from shoal.rl.batch import GradientPayload, RolloutPayload, RowLimits
+from shoal.rl.batch import GradientPayload
 from shoal.rl.differentiate import SliceGradient, differentiate
-from shoal.rl.environments import Split
 from shoal.rl.gradient import (
     Group,
     batch_divisor,
     encode_slice,
-    make_groups,
     run_gradient,
     slice_groups,
 )
 from shoal.rl.local import blob_of, train_locally
-from shoal.rl.rollout import encode_prompts, run_rollout
 from shoal.rl.schedule import scheduled_rate
 
 
@@ -40,11 +37,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def groups(lab: Lab) -> list[Group]:
-    task = lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
-    prompts = encode_prompts(lab.policy, lab.environments, task.prompts, Split.TRAIN)
-    limits = RowLimits(num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size)
-    payload = RolloutPayload.decode(run_rollout(lab.policy, task, lab.environments), limits)
-    return make_groups(payload, prompts, spread_rewards(16), 4, lab.plan.spec.loss)
+    return graded_groups(lab)
 
 
 def gradient_of(lab: Lab, groups: list[Group], **loss: object) -> SliceGradient:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from learning_fixtures import Lab, spread_rewards, stir, write_base
+from learning_fixtures import Lab, graded_groups, stir, write_base
 
 from shoal.models.policy import Policy
 from shoal.protocol.learning import CodecKind, CodecSpec, GradientSpec
@@ -18,19 +18,16 @@ from shoal.protocol.result import CheckName
 from shoal.protocol.task import GradientTask
 from shoal.rl import codec
 from shoal.rl import differentiate as differentiate_module
-from shoal.rl.batch import GradientPayload, RolloutPayload, RowLimits
-from shoal.rl.environments import Split
+from shoal.rl.batch import GradientPayload
 from shoal.rl.gradient import (
     Group,
     decode_slice,
     encode_slice,
-    make_groups,
     run_gradient,
     slice_gradient,
 )
 from shoal.rl.gradient_audit import ResidualEvidence
 from shoal.rl.local import blob_of
-from shoal.rl.rollout import encode_prompts, run_rollout
 from shoal.rl.verification import GradientVerification, verify_gradient
 
 TOPK = CodecSpec(kind=CodecKind.TOPK, chunk=256, keep=64, bits=2, error_feedback=0.9)
@@ -53,11 +50,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def groups(lab: Lab) -> list[Group]:
-    task = lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
-    prompts = encode_prompts(lab.policy, lab.environments, task.prompts, Split.TRAIN)
-    limits = RowLimits(num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size)
-    payload = RolloutPayload.decode(run_rollout(lab.policy, task, lab.environments), limits)
-    return make_groups(payload, prompts, spread_rewards(16), 4, lab.plan.spec.loss)
+    return graded_groups(lab)
 
 
 def work_of(lab: Lab, groups: list[Group], spec: GradientSpec) -> tuple[GradientTask, bytes]:

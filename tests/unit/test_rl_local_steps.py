@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learning_fixtures import Lab, spread_rewards, write_base
+from learning_fixtures import Lab, graded_groups, write_base
 
 from shoal.models.policy import Policy
 from shoal.protocol.errors import InvalidRequest
@@ -23,13 +23,11 @@ from shoal.protocol.learning import (
 from shoal.protocol.task import GradientTask
 from shoal.rl import codec
 from shoal.rl.aggregation import AdapterOptimizer
-from shoal.rl.batch import GradientPayload, RolloutPayload, RowLimits
+from shoal.rl.batch import GradientPayload
 from shoal.rl.differentiate import SliceGradient, differentiate
-from shoal.rl.environments import Split
-from shoal.rl.gradient import Group, batch_divisor, encode_slice, make_groups, run_gradient
+from shoal.rl.gradient import Group, batch_divisor, encode_slice, run_gradient
 from shoal.rl.local import blob_of
 from shoal.rl.local_steps import take_local_steps
-from shoal.rl.rollout import encode_prompts, run_rollout
 
 RATE = 1e-3
 
@@ -41,11 +39,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def groups(lab: Lab) -> list[Group]:
-    task = lab.plan.rollout(0, lab.version(), lab.plan.prompts(0), range(4))
-    prompts = encode_prompts(lab.policy, lab.environments, task.prompts, Split.TRAIN)
-    limits = RowLimits(num_prompts=4, num_rows=16, max_tokens=5, vocab_size=lab.policy.vocab_size)
-    payload = RolloutPayload.decode(run_rollout(lab.policy, task, lab.environments), limits)
-    return make_groups(payload, prompts, spread_rewards(16), 4, lab.plan.spec.loss)
+    return graded_groups(lab)
 
 
 def task_of(lab: Lab, groups: list[Group], steps: int, **changes: object) -> GradientTask:

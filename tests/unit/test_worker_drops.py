@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eth_account import Account as EthAccount
 from worker_double import OrchestratorDouble
-from worker_world import IDENTITY, ORCHESTRATOR, World
+from worker_world import IDENTITY, ORCHESTRATOR, Drive, World, driver
 
 from shoal.network.identity import NodeIdentity
 from shoal.network.memory import MemoryNetwork
@@ -23,31 +22,11 @@ from shoal.worker.node import WorkerNode
 from shoal.worker.session import SessionState
 
 OTHER = NodeIdentity(b"p" * 32)
-Script = Callable[[World], Awaitable[None]]
 
 
 @pytest.fixture
-def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    async def no_payouts(url: str) -> None:
-        return None
-
-    monkeypatch.setattr("shoal.worker.earnings.get_json", no_payouts)
-
-    def run(script: Script, **options: Any) -> None:
-        async def main() -> None:
-            world = World(tmp_path, **options)
-            try:
-                async with asyncio.timeout(10):
-                    await script(world)
-            finally:
-                await world.leave()
-
-        asyncio.run(main())
-
-    return run
-
-
-Drive = Callable[..., None]
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
+    return driver(tmp_path, monkeypatch)
 
 
 async def lose(world: World) -> OrchestratorDouble:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from market_records import lot
 from worker_double import ADAPTER, JOB_ID, POLICY, blob
-from worker_world import World
+from worker_world import Drive, World, driver
 
 from shoal.protocol.announcement import (
     LOTS_TOPIC,
@@ -29,29 +28,8 @@ LONG_MS = 3_600_000
 
 
 @pytest.fixture
-def drive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Callable[[World], Awaitable[None]]], None]:
-    async def no_payouts(url: str) -> None:
-        return None
-
-    monkeypatch.setattr("shoal.worker.earnings.get_json", no_payouts)
-
-    def run(script: Callable[[World], Awaitable[None]]) -> None:
-        async def main() -> None:
-            world = World(tmp_path)
-            try:
-                async with asyncio.timeout(20):
-                    await script(world)
-            finally:
-                await world.leave()
-
-        asyncio.run(main())
-
-    return run
-
-
-Drive = Callable[[Callable[[World], Awaitable[None]]], None]
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
+    return driver(tmp_path, monkeypatch, timeout_s=20)
 
 
 async def say(world: World, topic: str, record: SignableRecord) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from worker_double import (
     POLICY,
     make_task,
 )
-from worker_world import ACCOUNT, IDENTITY, ORCHESTRATOR, World
+from worker_world import ACCOUNT, IDENTITY, ORCHESTRATOR, Drive, World, driver
 
 from shoal.network.identity import NodeIdentity, public_key_of
 from shoal.network.memory import MemoryNetwork
@@ -55,27 +55,8 @@ from shoal.worker.ways import find_addresses
 
 
 @pytest.fixture
-def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    async def no_payouts(url: str) -> None:
-        return None
-
-    monkeypatch.setattr("shoal.worker.earnings.get_json", no_payouts)
-
-    def run(script: Callable[[World], Awaitable[None]], **options: Any) -> None:
-        async def main() -> None:
-            world = World(tmp_path, **options)
-            try:
-                async with asyncio.timeout(10):
-                    await script(world)
-            finally:
-                await world.leave()
-
-        asyncio.run(main())
-
-    return run
-
-
-Drive = Callable[..., None]
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
+    return driver(tmp_path, monkeypatch)
 
 
 def events(caplog: pytest.LogCaptureFixture, name: str) -> list[dict[str, Any]]:

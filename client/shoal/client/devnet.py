@@ -269,6 +269,8 @@ class Devnet:
             path,
             {
                 "orchestrator": api_url,
+                # Started beside the orchestrator, it must not give up before the devnet does.
+                "connect_timeout_s": START_TIMEOUT_S,
                 "data_dir": self.folder.worker_data(profile.name),
                 "name": profile.name,
                 "rpc_url": rpc_url,

@@ -18,9 +18,11 @@ from shoal.protocol.blob import CHUNK_BYTES
 
 MAX_FAILURES: Final = 3
 _FIRST_PIECE_BYTES: Final = 1 << 20
-_MIN_PIECE_BYTES: Final = 256 << 10
+_USUAL_PIECE_BYTES: Final = 256 << 10
+"""Smaller pieces are asked only where several holders share the last chunks."""
+_MIN_PIECE_BYTES: Final = 64 << 10
 _PIECE_S: Final = 0.5
-"""A piece is what its holder is expected to bring in this time."""
+"""A larger piece is what its holder is expected to bring in this time."""
 # Copies may cost a tenth of the blob, and only where they are likely to win.
 _COPY_SHARE: Final = 10
 _COPY_GAIN: Final = 2.0
@@ -287,7 +289,9 @@ class Board:
         reading.giver.num_readings -= 1
 
     def _piece_bytes(self, giver: Giver) -> int:
-        wanted = giver.rate * _PIECE_S if giver.rate else _FIRST_PIECE_BYTES
+        wanted = max(giver.rate * _PIECE_S, _USUAL_PIECE_BYTES)
+        if not giver.rate:
+            wanted = _FIRST_PIECE_BYTES
         usable = self.usable()
         if len(usable) > 1:
             # Ever smaller towards the end, so that all of them finish together.

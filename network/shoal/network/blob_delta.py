@@ -1,20 +1,22 @@
-"""A blob as what differs from another of the same size: positions and new values, compressed.
+"""A blob as what differs from another of the same size: each word's difference, compressed.
 
-Lossless whatever the values mean, since whole words are replaced and nothing is added up.  A
+Lossless whatever the values mean: words are integers here, which differ modulo their size.  A
 matter of transport only: who applies a delta compares the outcome with the digest it wanted.
 
 Layout, little-endian, one block for each 4 MiB of the blob::
 
-    "SHDELTA1" ‖ u64 size of the blob ‖ blocks
-    block = u8 word bytes (2 or 4) ‖ u32 changed words ‖ u32 gap bytes ‖ u32 packed bytes
-            ‖ zlib(gaps ‖ values by byte plane) ‖ the bytes behind the last whole word
+    "SHDELTA2" ‖ u64 size of the blob ‖ blocks
+    block = u8 word bytes (2 or 4) ‖ u32 size of each plane ‖ the planes, lowest first
+            ‖ the bytes behind the last whole word
 
-A gap is how many unchanged words lie before a changed one, in bytes of at most 254, each 255
-before them adding 255.  So positions rise strictly whatever the bytes are, and take at most a
-byte for each changed word and for each 255 others: every size is known before it is allocated.
+A difference has its sign in the lowest bit, so that small ones of either sign have zeros above.
+Plane ``k`` is byte ``k`` of each; one as long as there are words is stored as it is, a shorter
+one is zlib's.  So no plane is larger than its words, and every size is known before it is
+allocated.
 
-Source: PULSE and GRAIL send changed bit patterns by value with coded positions and a full
-anchor every ten; blocks, escapes and planes are ours.
+Source: differences of floats' bit patterns as integers are Lindstrom and Isenburg, "Fast and
+Efficient Compression of Floating-Point Data", 2006; signs in the lowest bit are ZigZag, Protocol
+Buffers' encoding.  Blocks and planes are ours.
 """
 
 from __future__ import annotations
@@ -30,17 +32,24 @@ from numpy.typing import NDArray
 from shoal.network.blob_chunks import chunk_sizes
 from shoal.protocol.errors import PeerFault
 
-_MAGIC: Final = b"SHDELTA1"
+_Words = NDArray[np.unsignedinteger]
+
+_MAGIC: Final = b"SHDELTA2"
 _HEADER: Final = struct.Struct("<8sQ")
-_BLOCK: Final = struct.Struct("<BIII")
 _WORDS: Final[dict[int, type[np.unsignedinteger]]] = {2: np.uint16, 4: np.uint32}
+_PLANE_SIZES: Final = {word_bytes: struct.Struct(f"<{word_bytes}I") for word_bytes in _WORDS}
 _WIDEST: Final = max(_WORDS)
-_ESCAPE: Final = 255
 _LEVEL: Final = 1
 _NUM_SAMPLES: Final = 8
-_SAMPLE_BYTES: Final = 32 << 10
-_HOPELESS: Final = 1.2
+_SAMPLE_BYTES: Final = 4 << 10
+_HOPELESS: Final = 1.1
 """Samples that promise so many times more than is wanted end the attempt before it costs."""
+_PLANE_SAMPLE_BYTES: Final = 16 << 10
+_PLANE_WORTH: Final = 15 / 16
+"""A plane that packing leaves longer than this is stored, since unpacking would cost more.
+
+The lowest plane of floats' differences packs by 2 to 3 %, and unpacks at 200 MB/s.
+"""
 
 
 def write_delta(
@@ -102,106 +111,129 @@ def apply_delta(base: IO[bytes], delta: IO[bytes], size_bytes: int) -> Iterator[
 
 
 def _share_of_samples(base: IO[bytes], target: IO[bytes], size_bytes: int) -> float:
-    """What a few places, evenly spread, suggest the delta to be of the whole; 0 for a small blob.
+    """What a few places suggest the delta to be of the whole; 0 for a small blob.
 
     Both files are at their start again.
     """
-    if size_bytes < 4 * _NUM_SAMPLES * _SAMPLE_BYTES:
+    places = _places(size_bytes)
+    if not places:
         return 0.0
-    num_bytes = 0
-    for sample in range(_NUM_SAMPLES):
-        start = size_bytes // _NUM_SAMPLES * sample // _WIDEST * _WIDEST
-        base.seek(start)
-        target.seek(start)
-        num_bytes += len(
-            _encode_block(_exactly(base, _SAMPLE_BYTES), _exactly(target, _SAMPLE_BYTES))
-        )
-    base.seek(0)
-    target.seek(0)
-    return num_bytes / (_NUM_SAMPLES * _SAMPLE_BYTES)
+    samples = []
+    for file in (base, target):
+        parts = []
+        for place in places:
+            file.seek(place.start)
+            parts.append(_exactly(file, _SAMPLE_BYTES))
+        file.seek(0)
+        samples.append(b"".join(parts))
+    return _best_words(samples[0], samples[1])[0] / len(samples[0])
+
+
+def _places(size_bytes: int) -> list[slice]:
+    """Where to take samples, evenly spread; nowhere in what is hardly larger than they are."""
+    if size_bytes < 4 * _NUM_SAMPLES * _SAMPLE_BYTES:
+        return []
+    step = size_bytes // _NUM_SAMPLES // _WIDEST * _WIDEST
+    return [slice(i * step, i * step + _SAMPLE_BYTES) for i in range(_NUM_SAMPLES)]
 
 
 def _encode_block(base: bytes, target: bytes) -> bytes:
-    # The narrower words win where only the low half of a number moved.
-    candidates = []
-    for word_bytes in _WORDS:
-        changed = np.flatnonzero(_words(base, word_bytes) != _words(target, word_bytes))
-        candidates.append((changed.size * (word_bytes + 1), word_bytes, changed))
-    _, word_bytes, changed = min(candidates, key=lambda candidate: candidate[:2])
-    gaps = _gaps_of(changed)
-    values = _words(target, word_bytes)[changed]
-    # By plane: the bytes that hardly differ between neighbours lie together.
-    planes = values.view(np.uint8).reshape(-1, word_bytes).T.tobytes()
-    packed = zlib.compress(gaps + planes, _LEVEL)
+    places = _places(len(target)) or [slice(None)]
+    sample_base, sample_target = (
+        b"".join(data[place] for place in places) for data in (base, target)
+    )
+    _, word_bytes = _best_words(sample_base, sample_target)
     tail = target[len(target) // word_bytes * word_bytes :]
-    return _BLOCK.pack(word_bytes, changed.size, len(gaps), len(packed)) + packed + tail
+    return bytes((word_bytes,)) + _encode_words(base, target, word_bytes) + tail
+
+
+def _best_words(base: bytes, target: bytes) -> tuple[int, int]:
+    """The size of the planes where they are smallest, and the words' bytes then."""
+    return min((len(_encode_words(base, target, width)), width) for width in _WORDS)
+
+
+def _encode_words(base: bytes, target: bytes, word_bytes: int) -> bytes:
+    folded = _folded(_words(target, word_bytes) - _words(base, word_bytes))
+    planes = np.ascontiguousarray(folded.view(np.uint8).reshape(-1, word_bytes).T)
+    coded = [_encode_plane(plane) for plane in planes]
+    return b"".join([_PLANE_SIZES[word_bytes].pack(*map(len, coded)), *coded])
+
+
+def _encode_plane(plane: NDArray[np.uint8]) -> bytes:
+    sample = plane[:: max(1, plane.size // _PLANE_SAMPLE_BYTES)].tobytes()
+    raw = plane.tobytes()
+    if len(_packed(sample)) > _PLANE_WORTH * len(sample):
+        return raw
+    packed = _packed(raw)
+    return packed if len(packed) < len(raw) else raw
+
+
+def _packed(plane: bytes) -> bytes:
+    # Bytes of numbers do not repeat as strings do: they are of unequal frequency, or all zero.
+    packer = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
+    return packer.compress(plane) + packer.flush()
 
 
 def _apply_block(base: IO[bytes], delta: IO[bytes], size: int) -> bytes:
-    word_bytes, num_changed, gap_bytes, packed_bytes = _read_block_header(delta, size)
-    raw = _inflate(_exactly(delta, packed_bytes), gap_bytes + num_changed * word_bytes)
-    positions = _positions_of(raw[:gap_bytes])
-    num_words = size // word_bytes
-    if positions.size != num_changed:
-        raise _bad("a block names more or fewer positions than values")
-    if num_changed and positions[-1] >= num_words:
-        raise _bad("a position lies outside its block")
-    tail_bytes = size - num_words * word_bytes
-    block = bytearray(_exactly(base, size))
-    values = np.frombuffer(raw, np.uint8, offset=gap_bytes).reshape(word_bytes, num_changed)
-    words = np.frombuffer(block, _WORDS[word_bytes], count=num_words)
-    words[positions] = np.ascontiguousarray(values.T).view(_WORDS[word_bytes]).ravel()
-    if tail_bytes:
-        block[size - tail_bytes :] = _exactly(delta, tail_bytes)
-    return bytes(block)
-
-
-def _read_block_header(delta: IO[bytes], size: int) -> tuple[int, int, int, int]:
-    header = delta.read(_BLOCK.size)
-    if len(header) != _BLOCK.size:
+    width = delta.read(1)
+    if not width:
         raise _bad("it ends before its last block")
-    word_bytes, num_changed, gap_bytes, packed_bytes = _BLOCK.unpack(header)
+    word_bytes = width[0]
     if word_bytes not in _WORDS:
         raise _bad(f"a block has words of {word_bytes} bytes")
-    num_words = size // word_bytes
-    if num_changed > num_words or gap_bytes > num_changed + num_words // _ESCAPE:
-        raise _bad("a block changes more words than it has")
-    raw_bytes = gap_bytes + num_changed * word_bytes
-    # zlib adds five bytes to 16 KiB at worst, and a little once (zlib's deflate.h).
-    if packed_bytes > raw_bytes + raw_bytes // 1000 + 64:
-        raise _bad("a block is larger packed than unpacked")
-    return word_bytes, num_changed, gap_bytes, packed_bytes
+    held = _words(_exactly(base, size), word_bytes)
+    words = _read_differences(held, delta)
+    words += held
+    return words.tobytes() + _exactly(delta, size - held.nbytes)
+
+
+def _read_differences(held: _Words, delta: IO[bytes]) -> _Words:
+    """The difference of each word to the one ``held``."""
+    sizes = _PLANE_SIZES[held.itemsize]
+    plane_bytes = sizes.unpack(_exactly(delta, sizes.size))
+    if max(plane_bytes) > held.size:
+        raise _bad("a plane is longer than its block has words")
+    folded = np.empty_like(held)
+    columns = folded.view(np.uint8).reshape(-1, held.itemsize)
+    for column, num_bytes in enumerate(plane_bytes):
+        plane = _exactly(delta, num_bytes)
+        if num_bytes < held.size:
+            plane = _inflate(plane, held.size)
+        columns[:, column] = np.frombuffer(plane, np.uint8)
+    return _unfolded(folded)
 
 
 def _inflate(packed: bytes, raw_bytes: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        # One byte more than announced: what a bomb gets to expand to.
+        # One byte more than is wanted: what a bomb gets to expand to.
         raw = inflater.decompress(packed, raw_bytes + 1)
     except zlib.error as error:
-        raise _bad(f"a block does not unpack ({error})") from None
+        raise _bad(f"a plane does not unpack ({error})") from None
     if len(raw) != raw_bytes or not inflater.eof or inflater.unused_data:
-        raise _bad("a block unpacks to another size than it says")
+        raise _bad("a plane unpacks to another size than its block has words")
     return raw
 
 
-def _words(data: bytes, word_bytes: int) -> NDArray[np.unsignedinteger]:
+def _words(data: bytes, word_bytes: int) -> _Words:
     return np.frombuffer(data, _WORDS[word_bytes], count=len(data) // word_bytes)
 
 
-def _gaps_of(positions: NDArray[np.intp]) -> bytes:
-    gaps = np.diff(positions, prepend=-1) - 1
-    escapes = gaps // _ESCAPE
-    coded = np.full(positions.size + int(escapes.sum()), _ESCAPE, np.uint8)
-    coded[np.cumsum(escapes + 1) - 1] = gaps % _ESCAPE
-    return coded.tobytes()
+def _folded(differences: _Words) -> _Words:
+    """0, -1, 1, -2, 2 and so on become 0, 1, 2, 3, 4 and so on."""
+    signs = differences >> (8 * differences.itemsize - 1)
+    folded = differences.copy()
+    folded <<= 1
+    folded ^= np.negative(signs, out=signs)
+    return folded
 
 
-def _positions_of(coded: bytes) -> NDArray[np.int64]:
-    steps = np.frombuffer(coded, np.uint8)
-    is_last = steps < _ESCAPE
-    # An escape passes over 255 words, any other byte over its own number and the word itself.
-    return np.cumsum(steps.astype(np.int64) + is_last)[is_last] - 1
+def _unfolded(folded: _Words) -> _Words:
+    """The differences, in the place of what was ``folded``."""
+    signs = folded & 1
+    folded >>= 1
+    folded ^= np.negative(signs, out=signs)
+    return folded
 
 
 def _exactly(file: IO[bytes], size: int) -> bytes:

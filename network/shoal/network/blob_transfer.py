@@ -103,6 +103,7 @@ class Transfer:
         self._now_s = asyncio.get_running_loop().time
         self._moved_s = self._now_s()
         self._polls_since_loss = 0
+        self._has_chunk = board.num_left < len(blob.sizes)
 
     async def run(self, holders: Sequence[Holder]) -> None:
         """Every chunk is here, verified.
@@ -119,7 +120,8 @@ class Transfer:
                 self._raise_failures(poll)
                 if not (self._board.num_readings or self._checks) and self._is_hopeless():
                     raise nobody_has(self._blob.ref, self._faults())
-                await self._wait(_IDLE_WAIT_S)
+                if not await self._wait(_IDLE_WAIT_S):
+                    self._change()  # those who rested may be asked again
         finally:
             tasks = [task for reader in self._readers.values() for task in reader.tasks]
             tasks += [*self._checks, *([poll] if poll else [])]
@@ -172,19 +174,21 @@ class Transfer:
             reader.tasks = [
                 asyncio.ensure_future(self._work(reader)) for _ in range(source.max_readings)
             ]
-        if self._blob.chunk_bytes < CHUNK_BYTES:
-            self._spread_thin()
+        self._spread_thin()
         self._change()
 
     def _spread_thin(self) -> None:
         """Where many give small chunks, each is asked for few at once.
 
         Those who pass on share their lines among many; of three chunks asked of one at once
-        each comes three times later, and the last ones are waited for.
+        each comes three times later, and the last ones are waited for.  So does the first, until
+        which this node has nothing to pass on.
         """
+        if self._blob.chunk_bytes == CHUNK_BYTES:
+            return
         giving = [r for r in self._readers.values() if r.giver.chunks is None or r.giver.chunks]
+        share = _FINE_READINGS // max(1, len(giving)) if self._has_chunk else 1
         for reader in self._readers.values():
-            share = _FINE_READINGS // max(1, len(giving))
             reader.giver.max_readings = max(1, min(reader.source.max_readings, share))
 
     async def _poll(self, more_sources: MoreSources) -> None:
@@ -203,7 +207,7 @@ class Transfer:
         while giver.is_usable and not self._board.is_done:
             reading = self._board.take(giver, self._now_s())
             if reading is None:
-                await self._wait(_IDLE_WAIT_S)
+                await self._changed.wait()
                 continue
             try:
                 await self._read(reader, reading)
@@ -308,6 +312,9 @@ class Transfer:
             for liar in self._board.accept(chunk):
                 self._caught(liar, chunk.index)
             self._moved_s = self._now_s()
+            if not self._has_chunk:
+                self._has_chunk = True
+                self._spread_thin()
             self._listener.on_bytes(len(chunk.room))
             self._listener.on_chunk(chunk.index)
         else:
@@ -333,11 +340,13 @@ class Transfer:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _wait(self, timeout_s: float) -> None:
-        """Something changed, or the time is over."""
-        with contextlib.suppress(TimeoutError):
+    async def _wait(self, timeout_s: float) -> bool:
+        """Whether something changed before the time was over."""
+        try:
             async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
+                return await self._changed.wait()
+        except TimeoutError:
+            return False
 
 
 def as_holder(source: str | Holder) -> Holder:

@@ -7,6 +7,7 @@ trips; one stream carries one request at a time.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -71,20 +72,21 @@ async def read_exactly(stream: INetStream, num_bytes: int) -> bytes:
         StreamEndedError: The stream ended before the first byte.
         Unavailable: It ended after the first and before the last.
     """
-    buffer = bytearray()
-    while len(buffer) < num_bytes:
+    # Hands out what it has gathered without another copy, and holds small parts without waste.
+    gathered, missing = io.BytesIO(), num_bytes
+    while missing:
         cause: Exception | None = None
         part = b""
         try:
-            part = await stream.read(min(_READ_BYTES, num_bytes - len(buffer)))
+            part = await stream.read(min(_READ_BYTES, missing))
         except _BROKEN as error:
             cause = error
         if not part:
-            if not buffer:
+            if missing == num_bytes:
                 raise StreamEndedError from cause
             raise _broke("in the middle of a message") from cause
-        buffer += part
-    return bytes(buffer)
+        missing -= gathered.write(part)
+    return gathered.getvalue()
 
 
 async def read_frame(

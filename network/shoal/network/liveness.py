@@ -9,12 +9,13 @@ import os
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
@@ -101,9 +102,11 @@ class ConnectionWatch(INotifee):
         with _shielded() as grace:
             await self._swarm.close_peer(peer)
         if grace.cancelled_caught:
-            # Saying goodbye blocks when the link is dead and its send buffer is full.
+            # Saying goodbye blocks when the link is dead and its send buffer is full, and of a
+            # close that was cut short the library tells nobody.
             for connection in connections:
-                await _close_socket(connection)
+                self._swarm.remove_conn(cast(SwarmConn, connection))
+                await self.disconnected(self._swarm, connection)
 
     async def close_all(self) -> None:
         """Every peer has been told goodbye, and none is reported as lost.
