@@ -7,11 +7,12 @@ import math
 import random
 import tracemalloc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import IncompleteReadError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.peer.id import ID
@@ -47,7 +48,7 @@ class Wire:
 
 def packets_of(data: bytes, piece_bytes: int, count: int) -> list[bytes]:
     async def main() -> list[bytes]:
-        packets = Packets(Wire(data, piece_bytes))  # type: ignore[arg-type]
+        packets = Packets(cast(ReadWriteCloser, Wire(data, piece_bytes)))
         return [await packets.read_msg() for _ in range(count)]
 
     return trio.run(main)
@@ -99,7 +100,7 @@ def test_more_is_asked_of_the_socket_only_where_more_has_come() -> None:
     async def main(piece_bytes: int) -> list[int | None]:
         packet = BODY[:60_000]
         wire = Wire(10 * (len(packet).to_bytes(2, "big") + packet), piece_bytes)
-        packets = Packets(wire)  # type: ignore[arg-type]
+        packets = Packets(cast(ReadWriteCloser, wire))
         assert [await packets.read_msg() for _ in range(10)] == 10 * [packet]
         return wire.asked
 

@@ -6,10 +6,12 @@ import asyncio
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from shoal.network.blob_store import BlobStore
 from shoal.orchestrator.batches import Batch, Scored
 from shoal.orchestrator.slices import Slicer
+from shoal.protocol.errors import Unavailable
 from shoal.rl.gradient import Group
 
 
@@ -51,7 +53,9 @@ def test_batch_is_cut_before_it_is_asked_for(tmp_path: Path) -> None:
         # Three groups teach; the silent one is not sent out.
         assert [part.units for part in slices] == [(0, 1), (2,)]
         assert [part.num_rows for part in slices] == [4, 2]
-        assert [store.read(part.blob.sha256) for part in slices] == [part.data for part in slices]
+        stored = [await part.at_hand(store) for part in slices]
+        assert stored == [part.blob for part in slices]
+        assert [store.read(blob.sha256) for blob in stored] == [part.data for part in slices]
 
     asyncio.run(main())
 
@@ -75,10 +79,32 @@ def test_slice_that_was_dropped_is_put_back(tmp_path: Path) -> None:
         slicer.begin(batch)
         batch.add([0], [TEACHING], "a" * 64)
         (part,) = await slicer.of(batch)
+        assert part.blob is not None
         store.put_bytes(bytes(4000))
         assert not store.has(part.blob.sha256)
-        await part.keep_at_hand(store)
-        assert store.read(part.blob.sha256) == part.data
+        assert store.read((await part.at_hand(store)).sha256) == part.data
+
+    asyncio.run(main())
+
+
+def test_full_disk_is_told_where_the_rows_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(store: BlobStore, data: bytes) -> None:
+        raise Unavailable("The disk is full.", code="disk_full")
+
+    async def main() -> None:
+        store = BlobStore(tmp_path, 1 << 20)
+        slicer = Slicer(store, max_groups=2)
+        batch = Batch(number=0, num_groups=1)
+        slicer.begin(batch)
+        batch.add([0], [TEACHING], "a" * 64)
+        with monkeypatch.context() as patch:
+            patch.setattr(BlobStore, "put_bytes", full)
+            (part,) = await slicer.of(batch)
+            with pytest.raises(Unavailable):
+                await part.at_hand(store)
+        assert store.read((await part.at_hand(store)).sha256) == part.data
 
     asyncio.run(main())
 

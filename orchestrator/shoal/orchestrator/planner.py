@@ -92,9 +92,9 @@ class Planner:
 
         async def build(parcel: Parcel) -> GradientTask:
             part = by_units[parcel]
-            await part.keep_at_hand(self._context.blobs)
+            blob = await part.at_hand(self._context.blobs)
             return self._plan.gradient(
-                batch, policy, part.blob, num_rows=part.num_rows, num_groups=len(parcel)
+                batch, policy, blob, num_rows=part.num_rows, num_groups=len(parcel)
             )
 
         arrays = self._learner.policy.shapes()

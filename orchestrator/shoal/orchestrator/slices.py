@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -10,29 +11,35 @@ from shoal.network.blob_store import BlobStore
 from shoal.orchestrator.batches import Batch
 from shoal.orchestrator.placement import Parcel
 from shoal.protocol.blob import BlobRef
+from shoal.protocol.errors import ShoalError
 from shoal.rl.gradient import encode_slice, slice_groups
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class BatchSlice:
     """What one gradient task is about.
 
     Attributes:
         units: Its groups, counted through all slices of the batch in order.
         data: Its rows, encoded.
-        blob: Where workers fetch them, while the store has room for it.
         num_rows: How many completions.
+        blob: As what they were stored last; None before that.
     """
 
     units: Parcel
     data: bytes
-    blob: BlobRef
     num_rows: int
+    blob: BlobRef | None = None
 
-    async def keep_at_hand(self, blobs: BlobStore) -> None:
-        """Workers can fetch the rows, though the store may have dropped them to make room."""
-        if not blobs.has(self.blob.sha256):
-            await asyncio.to_thread(blobs.put_bytes, self.data)
+    async def at_hand(self, blobs: BlobStore) -> BlobRef:
+        """As what workers can fetch the rows, though the store may have dropped them meanwhile.
+
+        Raises:
+            Unavailable: The disk is full; ask again.
+        """
+        if self.blob is None or not blobs.has(self.blob.sha256):
+            self.blob = await asyncio.to_thread(blobs.put_bytes, self.data)
+        return self.blob
 
 
 class Slicer:
@@ -76,13 +83,10 @@ class Slicer:
         slices = []
         for end, part in zip(ends, parts, strict=True):
             rows = encode_slice(part)
-            data = rows.encode()
-            slices.append(
-                BatchSlice(
-                    units=tuple(range(end - len(part), end)),
-                    data=data,
-                    blob=self._blobs.put_bytes(data),
-                    num_rows=rows.num_rows,
-                )
-            )
+            units = tuple(range(end - len(part), end))
+            made = BatchSlice(units=units, data=rows.encode(), num_rows=rows.num_rows)
+            # A full disk is told to whoever needs the rows there, who can wait.
+            with contextlib.suppress(ShoalError):
+                made.blob = self._blobs.put_bytes(made.data)
+            slices.append(made)
         return slices
