@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -181,7 +182,7 @@ class BlobClient:
     async def _upload(self, address: str, ref: BlobRef, token: str, timeout_s: float) -> None:
         headers = {"Authorization": f"Bearer {token}", "Content-Length": str(ref.size_bytes)}
         small = ref.size_bytes <= CHUNK_BYTES
-        body = self._store.read(ref.sha256) if small else self._store.open(ref.sha256)
+        body = io.BytesIO(self._store.read(ref.sha256)) if small else self._store.open(ref.sha256)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._opener.session(allow_private=True, uploads=True).put(
@@ -189,15 +190,15 @@ class BlobClient:
             ) as answer:
                 if answer.status not in {200, 201}:
                     raise await refusal(answer)
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Unavailable(
+                f"The upload to {address} failed: {in_words(error)}.", code="upload_failed"
+            ) from error
         except TimeoutError:
             raise Expired(
                 f"The upload to {address} did not finish within {timeout_s:g} s.",
                 clock=Clock.TRANSFER,
             ) from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise Unavailable(
-                f"The upload to {address} failed: {in_words(error)}.", code="upload_failed"
-            ) from error
         self._meters.count("blob_bytes", ref.size_bytes, plane="http", direction="out")
 
     def _transfer_of(self, digest: str) -> asyncio.Lock:

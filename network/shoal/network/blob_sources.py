@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import aiohttp
 from yarl import URL
@@ -35,6 +36,7 @@ _PAUSE_TIMEOUT_S: Final = 15.0
 # Below the thirty seconds after which a `BlobServer` closes a quiet connection.
 _KEPT_S: Final = 25.0
 _DIAL_TIMEOUT_S: Final = 10.0
+_UNHEARD_S: Final = 5.0
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
@@ -214,6 +216,22 @@ class PeerSource:
         on_bytes(len(data))
 
 
+def _impatient_socket(
+    address: tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[Any, ...]],
+) -> socket.socket:
+    """A socket that breaks when what it sends has not arrived for a while.
+
+    Left alone, TCP waits twice as long after each try, so that an upload comes back to life as
+    long after its line as the line was dead (RFC 6298, section 5.5); a new connection does not.
+    """
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    # tcp(7); where the system has no such clock, the upload's own deadline ends it.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * _UNHEARD_S))
+    return made
+
+
 class SourceOpener:
     """Opens sources by name; its HTTP sessions, whose connections are reused, are its own.
 
@@ -262,6 +280,7 @@ class SourceOpener:
                     limit=64,
                     limit_per_host=8,
                     keepalive_timeout=_KEPT_S,
+                    socket_factory=_impatient_socket,
                     resolver=None if allow_private else PublicResolver(),
                 ),
                 read_bufsize=_READ_BYTES,
