@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -238,3 +239,20 @@ def test_small_chunks_are_shared_only_where_few_are_left() -> None:
     assert sorted((reading.start, reading.end) for reading in shares) == [
         (at, at + FINE_CHUNK_BYTES // 4) for at in range(0, FINE_CHUNK_BYTES, FINE_CHUNK_BYTES // 4)
     ]
+
+
+@pytest.mark.parametrize(("rate", "asked_bytes"), [(9e5, 256 << 10), (1e5, 64 << 10)])
+def test_of_the_last_bytes_who_is_slow_is_asked_for_fewer(rate: float, asked_bytes: int) -> None:
+    giver, fast = Giver("giver", max_readings=1, rate=rate), Giver("fast", rate=9e5, max_readings=1)
+    board = Board([FINE_CHUNK_BYTES] * 4, range(4), None)
+    board.givers.update({"giver": giver, "fast": fast})
+    reading = board.take(giver, 0.0)
+    assert reading is not None
+    assert reading.end - reading.start == asked_bytes
+    # Where much is left, both are asked for whole chunks.
+    board = Board([FINE_CHUNK_BYTES] * 40, range(40), None)
+    board.givers.update({"giver": giver, "fast": fast})
+    giver.num_readings = 0
+    reading = board.take(giver, 0.0)
+    assert reading is not None
+    assert reading.end - reading.start == FINE_CHUNK_BYTES

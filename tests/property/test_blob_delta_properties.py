@@ -118,7 +118,7 @@ def test_what_is_hopeless_is_seen_by_its_samples() -> None:
 
 def forged(
     *planes: bytes,
-    magic: bytes = b"SHDELTA2",
+    magic: bytes = b"SHDELTA3",
     announced: int = 8,
     word_bytes: int = 2,
     sizes: tuple[int, ...] | None = None,
@@ -149,7 +149,7 @@ def test_the_forgeries_with_nothing_wrong_apply() -> None:
     ("delta", "reason"),
     [
         (b"", "header"),
-        (b"SHDELTA2\0\0", "header"),
+        (b"SHDELTA3\0\0", "header"),
         (forged(LOW, HIGH, magic=b"SHDELTA1"), "begin as one"),
         (forged(LOW, HIGH, announced=2**63), "are wanted"),
         (forged(LOW, HIGH, announced=7), "are wanted"),
@@ -197,7 +197,7 @@ def test_a_plane_that_unpacks_wrongly_is_a_typed_error(packed: bytes, reason: st
 @given(st.binary(max_size=200))
 def test_noise_is_a_typed_error(noise: bytes) -> None:
     with pytest.raises(PeerFault):
-        applied(bytes(64), HEADER.pack(b"SHDELTA2", 64) + noise)
+        applied(bytes(64), HEADER.pack(b"SHDELTA3", 64) + noise)
 
 
 @given(pairs(), st.data())

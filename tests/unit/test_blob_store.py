@@ -201,6 +201,28 @@ def test_blob_whose_bytes_may_not_have_reached_the_disk_is_fetched_again(tmp_pat
         assert list((tmp_path / "drafts").iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [3, CHUNK_BYTES + 1])
+def test_what_is_put_unsettled_is_there_at_once_and_for_good_once_settled(
+    tmp_path: Path, size: int
+) -> None:
+    for settled in (False, True):
+        store = BlobStore(tmp_path, 64 << 20)
+        ref = store.put_bytes(bytes(size), settled=False)
+        assert store.read(ref.sha256) == bytes(size)
+        if settled:
+            store.settle(ref.sha256)
+        assert BlobStore(tmp_path, 64 << 20).has(ref.sha256) is settled
+        assert list((tmp_path / "drafts").iterdir()) == []
+
+
+def test_nothing_is_left_of_a_blob_that_is_dropped_before_the_disk_has_it(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 64 << 20)
+    ref = store.put_bytes(b"abc", settled=False)
+    assert len(list((tmp_path / "drafts").iterdir())) == 1
+    store.delete(ref.sha256)
+    assert list((tmp_path / "drafts").iterdir()) == []
+
+
 def test_full_disk_is_said_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,8 @@ class Board:
         self._open: dict[int, Chunk] = {}
         self._suspects: dict[int, list[_Part]] = {}
         self._spare: list[bytearray] = []
-        self._copies_left = sum(sizes[index] for index in self._missing) // _COPY_SHARE
+        self._missing_bytes = sum(sizes[index] for index in self._missing)
+        self._copies_left = self._missing_bytes // _COPY_SHARE
         self.givers: dict[str, Giver] = {}
         self.num_left = len(self._missing)
 
@@ -174,6 +175,7 @@ class Board:
             return self._copy(giver, now_s)
         self._missing.remove(index)
         size = self._sizes[index]
+        self._missing_bytes -= size
         chunk = Chunk(index=index, room=self._room(size), waiting=[(0, size)])
         chunk.suspects = self._suspects.pop(index, [])
         self._open[index] = chunk
@@ -240,6 +242,7 @@ class Board:
         """The chunk was wrong and will be asked again; who lied, if only one can have."""
         del self._open[chunk.index]
         self._missing.append(chunk.index)
+        self._missing_bytes += self._sizes[chunk.index]
         givers = {id(part.giver): part.giver for part in chunk.given}
         if len(givers) == 1:
             if chunk.suspects:
@@ -294,12 +297,12 @@ class Board:
             wanted = _FIRST_PIECE_BYTES
         usable = self.usable()
         if len(usable) > 1:
-            # Ever smaller towards the end, so that all of them finish together.
-            num_slots = sum(other.max_readings for other in usable)
-            left = sum(self._sizes[index] for index in self._missing[:num_slots]) + sum(
+            # Ever smaller towards the end, and smaller for who is slow, so that all of them
+            # finish together.
+            left = self._missing_bytes + sum(
                 end - start for chunk in self._open.values() for start, end in chunk.waiting
             )
-            wanted = min(wanted, left / num_slots)
+            wanted = min(wanted, left * _share_of(giver, usable))
         whole = int(wanted) // _MIN_PIECE_BYTES * _MIN_PIECE_BYTES
         return max(_MIN_PIECE_BYTES, min(giver.max_piece_bytes, whole))
 
@@ -358,3 +361,14 @@ class Board:
         if math.isinf(left_s) and elapsed_s < _COPY_GAIN * slow.left / giver.rate:
             return False
         return slow.left / giver.rate * _COPY_GAIN < left_s
+
+
+def _share_of(giver: Giver, usable: Sequence[Giver]) -> float:
+    """How much of what all bring in some time comes with one reading of this giver.
+
+    One of unknown rate counts as the average of the others.
+    """
+    rates = [other.rate for other in usable if other.rate]
+    average = sum(rates) / len(rates) if rates else 1.0
+    all_rates = sum(other.max_readings * (other.rate or average) for other in usable)
+    return (giver.rate or average) / all_rates

@@ -10,7 +10,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import IO, Final
 from weakref import WeakValueDictionary
 
 import aiohttp
@@ -49,6 +49,7 @@ from shoal.protocol.errors import (
 
 _LOG: Final = logging.getLogger(__name__)
 _DIGEST_BYTES: Final = 32
+_SETTLE_AFTER_S: Final = 1.0
 _OUR_DISK: Final = frozenset({"store_full", "disk_full"})
 
 
@@ -76,6 +77,7 @@ class BlobClient:
         self._opener = SourceOpener(network, self._rules.floor_bytes_per_s)
         self._transfers: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._settling: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
 
     async def __aenter__(self) -> BlobClient:
         """The client may be used; leaving the block closes it."""
@@ -92,6 +94,7 @@ class BlobClient:
 
     async def close(self) -> None:
         """Connections are closed and what was fetched is on the disk; twice does nothing."""
+        self._closing.set()
         await self._opener.close()
         await asyncio.gather(*self._settling)
 
@@ -170,19 +173,23 @@ class BlobClient:
         if isinstance(data, Path):
             ref = await asyncio.to_thread(self._store.put_file, data, pin=True)
         else:
-            ref = await asyncio.to_thread(self._store.put_bytes, data, pin=True)
+            # The holder syncs what it takes; ours is a copy.
+            ref = await asyncio.to_thread(self._store.put_bytes, data, pin=True, settled=False)
         try:
-            await self._upload(f"{url.rstrip('/')}/blobs/{ref.sha256}", ref, token, timeout_s)
+            body = io.BytesIO(data) if isinstance(data, bytes) else self._store.open(ref.sha256)
+            address = f"{url.rstrip('/')}/blobs/{ref.sha256}"
+            await self._upload(address, ref, body, token, timeout_s)
         finally:
+            self.settle_later(ref.sha256)
             self._store.unpin(ref.sha256)
             if ref.chunks_sha256 is not None:
                 self._store.unpin(ref.chunks_sha256)
         return ref
 
-    async def _upload(self, address: str, ref: BlobRef, token: str, timeout_s: float) -> None:
+    async def _upload(
+        self, address: str, ref: BlobRef, body: IO[bytes], token: str, timeout_s: float
+    ) -> None:
         headers = {"Authorization": f"Bearer {token}", "Content-Length": str(ref.size_bytes)}
-        small = ref.size_bytes <= CHUNK_BYTES
-        body = io.BytesIO(self._store.read(ref.sha256)) if small else self._store.open(ref.sha256)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._opener.session(allow_private=True, uploads=True).put(
@@ -287,7 +294,8 @@ class BlobClient:
                     await source.read_into(span, memoryview(room), lambda num_bytes: None)
                 draft.write(room)
                 self._meters.count("blob_bytes", size_bytes, plane=plane, direction="in")
-            await to_the_end(lambda: draft.keep(expected=ref.sha256))
+            await to_the_end(lambda: draft.keep(expected=ref.sha256, settled=False))
+        self.settle_later(ref.sha256)
         listener.on_bytes(ref.size_bytes)
 
     async def _fetch_chunks(
@@ -313,7 +321,7 @@ class BlobClient:
                 await self._assemble(blob, holders, listener, order)
         finally:
             self._store.unpin(chunk_list)
-        self._settle_later(ref.sha256)
+        self.settle_later(ref.sha256)
 
     async def _fetch_finely(
         self,
@@ -325,14 +333,31 @@ class BlobClient:
     ) -> None:
         with PartialBlob(self._store, ref, fine.digests, fine.chunk_bytes) as blob:
             await self._assemble(blob, holders, listener, order)
-        # For those who ask this node later and have no fine list.
-        await to_the_end(lambda: self._store.list_chunks(ref.sha256))
-        self._settle_later(ref.sha256)
+        self.settle_later(ref.sha256, is_listed=False)
 
-    def _settle_later(self, digest: str) -> None:
-        settling = asyncio.ensure_future(asyncio.to_thread(self._store.settle, digest))
+    def settle_later(self, digest: str, *, is_listed: bool = True) -> None:
+        """The blob's bytes are on their way to the disk; `close` waits for them.
+
+        Args:
+            digest: The blob.
+            is_listed: Whether the list of its chunks is here too; it is made otherwise, for
+                those who ask this node and have no fine list.
+        """
+        settling = asyncio.ensure_future(self._settle(digest, is_listed))
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
+
+    async def _settle(self, digest: str, is_listed: bool) -> None:
+        # Whoever waited for the blob uses it first.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_AFTER_S):
+                await self._closing.wait()
+        try:
+            await asyncio.to_thread(self._store.settle, digest)
+            if not is_listed:
+                await asyncio.to_thread(self._store.list_chunks, digest)
+        except ShoalError as error:  # it is gone again, or will be fetched again after a crash
+            _LOG.info("blob %s did not settle: %s", digest, error)
 
     async def _assemble(
         self,

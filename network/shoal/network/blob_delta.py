@@ -3,9 +3,9 @@
 Lossless whatever the values mean: words are integers here, which differ modulo their size.  A
 matter of transport only: who applies a delta compares the outcome with the digest it wanted.
 
-Layout, little-endian, one block for each 4 MiB of the blob::
+Layout, little-endian, one block for each MiB of the blob::
 
-    "SHDELTA2" ‖ u64 size of the blob ‖ blocks
+    "SHDELTA3" ‖ u64 size of the blob ‖ blocks
     block = u8 word bytes (2 or 4) ‖ u32 size of each plane ‖ the planes, lowest first
             ‖ the bytes behind the last whole word
 
@@ -21,9 +21,13 @@ Buffers' encoding.  Blocks and planes are ours.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Final
 
 import numpy as np
@@ -34,18 +38,26 @@ from shoal.protocol.errors import PeerFault
 
 _Words = NDArray[np.unsignedinteger]
 
-_MAGIC: Final = b"SHDELTA2"
+_MAGIC: Final = b"SHDELTA3"
 _HEADER: Final = struct.Struct("<8sQ")
 _WORDS: Final[dict[int, type[np.unsignedinteger]]] = {2: np.uint16, 4: np.uint32}
 _PLANE_SIZES: Final = {word_bytes: struct.Struct(f"<{word_bytes}I") for word_bytes in _WORDS}
 _WIDEST: Final = max(_WORDS)
+_BLOCK_BYTES: Final = 1 << 20
+"""Small enough that a block's memory is used again for the next, and not asked of the system.
+
+A worker's first delta takes two thirds of the time that it takes in blocks of 4 MiB.
+"""
 _LEVEL: Final = 1
+_MAX_THREADS: Final = 4
+"""Cores that make one delta; whoever publishes has other work for the rest."""
 _NUM_SAMPLES: Final = 8
+_BLOCK_SAMPLES: Final = 2
 _SAMPLE_BYTES: Final = 4 << 10
 _PART_WORDS: Final = 32 << 10
 _HOPELESS: Final = 1.1
 """Samples that promise so many times more than is wanted end the attempt before it costs."""
-_PLANE_SAMPLE_BYTES: Final = 16 << 10
+_PLANE_SAMPLE_BYTES: Final = 4 << 10
 _PLANE_WORTH: Final = 15 / 16
 """A plane that packing leaves longer than this is stored, since unpacking would cost more.
 
@@ -77,12 +89,12 @@ def write_delta(
         return False
     sink(_HEADER.pack(_MAGIC, size_bytes))
     written = _HEADER.size
-    for size in chunk_sizes(size_bytes):
-        block = _encode_block(_exactly(base, size), _exactly(target, size))
-        written += len(block)
-        if written > max_bytes:
-            return False
-        sink(block)
+    with contextlib.closing(_encoded_blocks(base, target, size_bytes)) as blocks:
+        for block in blocks:
+            written += len(block)
+            if written > max_bytes:
+                return False
+            sink(block)
     return True
 
 
@@ -105,7 +117,7 @@ def apply_delta(base: IO[bytes], delta: IO[bytes], size_bytes: int) -> Iterator[
         raise _bad("it does not begin as one")
     if announced != size_bytes:
         raise _bad(f"it makes {announced} bytes and {size_bytes} are wanted")
-    for size in chunk_sizes(size_bytes):
+    for size in chunk_sizes(size_bytes, _BLOCK_BYTES):
         yield _apply_block(base, delta, size)
     if delta.read(1):
         raise _bad("bytes follow its last block")
@@ -116,7 +128,7 @@ def _share_of_samples(base: IO[bytes], target: IO[bytes], size_bytes: int) -> fl
 
     Both files are at their start again.
     """
-    places = _places(size_bytes)
+    places = _places(size_bytes, _NUM_SAMPLES)
     if not places:
         return 0.0
     samples = []
@@ -130,16 +142,32 @@ def _share_of_samples(base: IO[bytes], target: IO[bytes], size_bytes: int) -> fl
     return _best_words(samples[0], samples[1])[0] / len(samples[0])
 
 
-def _places(size_bytes: int) -> list[slice]:
+def _places(size_bytes: int, num_samples: int) -> list[slice]:
     """Where to take samples, evenly spread; nowhere in what is hardly larger than they are."""
-    if size_bytes < 4 * _NUM_SAMPLES * _SAMPLE_BYTES:
+    if size_bytes < 4 * num_samples * _SAMPLE_BYTES:
         return []
-    step = size_bytes // _NUM_SAMPLES // _WIDEST * _WIDEST
-    return [slice(i * step, i * step + _SAMPLE_BYTES) for i in range(_NUM_SAMPLES)]
+    step = size_bytes // num_samples // _WIDEST * _WIDEST
+    return [slice(i * step, i * step + _SAMPLE_BYTES) for i in range(num_samples)]
+
+
+def _encoded_blocks(
+    base: IO[bytes], target: IO[bytes], size_bytes: int
+) -> Generator[bytes, None, None]:
+    """The blocks in order, several being made at once: packing is done without Python's lock."""
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    making: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="delta") as pool:
+        for size in chunk_sizes(size_bytes, _BLOCK_BYTES):
+            if len(making) > num_threads:
+                yield making.popleft().result()
+            read = _exactly(base, size), _exactly(target, size)
+            making.append(pool.submit(_encode_block, *read))
+        while making:
+            yield making.popleft().result()
 
 
 def _encode_block(base: bytes, target: bytes) -> bytes:
-    places = _places(len(target)) or [slice(None)]
+    places = _places(len(target), _BLOCK_SAMPLES) or [slice(None)]
     sample_base, sample_target = (
         b"".join(data[place] for place in places) for data in (base, target)
     )

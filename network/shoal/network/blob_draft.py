@@ -73,18 +73,24 @@ class Draft:
             raise InvalidRequest("A draft is written inside its `with` block only.")
         with disk_errors():
             self._file.write(data)
-        self._whole.update(data)
         view = memoryview(data)
         while view:
             room = CHUNK_BYTES - self.size_bytes % CHUNK_BYTES
             part, view = view[:room], view[room:]
-            self._chunk.update(part)
+            self._whole.update(part)
+            # The first chunk has the digest that the whole has at its end.
+            if self._chunk_digests:
+                self._chunk.update(part)
             self.size_bytes += len(part)
             if self.size_bytes % CHUNK_BYTES == 0:
                 self._end_chunk()
 
-    def keep(self, *, expected: str | None = None, pin: bool = False) -> BlobRef:
+    def keep(
+        self, *, expected: str | None = None, pin: bool = False, settled: bool = True
+    ) -> BlobRef:
         """The draft is now a blob, durable on disk, and so is its chunk list if it has one.
+
+        Unless `settled`, the blob itself is durable from the next `BlobStore.settle` on.
 
         Raises:
             PeerFault: The bytes do not hash to `expected` (code ``wrong_digest``).
@@ -101,9 +107,10 @@ class Draft:
             raise InvalidRequest("A draft is kept inside its `with` block only.")
         with disk_errors():
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if settled:
+                os.fsync(self._file.fileno())
         chunks = self._keep_chunk_list(pin=pin)
-        self._store.adopt(self._path, digest, self.size_bytes, pin=pin)
+        self._store.adopt(self._path, digest, self.size_bytes, pin=pin, settled=settled)
         return BlobRef(sha256=digest, size_bytes=self.size_bytes, chunks_sha256=chunks)
 
     def _keep_chunk_list(self, *, pin: bool) -> str | None:
@@ -114,5 +121,6 @@ class Draft:
         return self._store.put_bytes(b"".join(self._chunk_digests), pin=pin).sha256
 
     def _end_chunk(self) -> None:
-        self._chunk_digests.append(self._chunk.digest())
+        ended = self._chunk if self._chunk_digests else self._whole
+        self._chunk_digests.append(ended.digest())
         self._chunk = hashlib.sha256()

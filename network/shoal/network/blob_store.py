@@ -106,11 +106,14 @@ class BlobStore:
         """What the blobs may take together."""
         return self._max_bytes
 
-    def put_bytes(self, data: bytes, *, pin: bool = False) -> BlobRef:
-        """The blob is stored; its reference, and its chunk list's when it has one, is made."""
+    def put_bytes(self, data: bytes, *, pin: bool = False, settled: bool = True) -> BlobRef:
+        """The blob is stored; its reference, and its chunk list's when it has one, is made.
+
+        Unless `settled`, it may be used before the disk has it, which `settle` sees to.
+        """
         with self.draft() as draft:
             draft.write(data)
-            return draft.keep(pin=pin)
+            return draft.keep(pin=pin, settled=settled)
 
     def put_file(self, path: Path, *, pin: bool = False) -> BlobRef:
         """A copy of the file is stored; see `put_bytes`."""
@@ -228,6 +231,7 @@ class BlobStore:
             self._total_bytes -= self._sizes.pop(check_digest(digest), 0)
             self._pins.pop(digest, None)
             self._place(digest).unlink(missing_ok=True)
+            self._mark(digest).unlink(missing_ok=True)
 
     def pin(self, digest: str) -> None:
         """The blob is not dropped to make room until it is unpinned as often."""

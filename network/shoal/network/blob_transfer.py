@@ -29,6 +29,9 @@ _MAX_CHECKS: Final = 4
 # One may have been under way when the last holder was lost; the next knows of it.
 _LAST_POLLS: Final = 2
 _REST_AFTER_FAILURE_S: Final = 0.1
+_FIRST_POLL_S: Final = 0.05
+_POLL_SHARE: Final = 0.25
+"""A pause between two questions is this share of the time since the transfer began."""
 _MAX_REST_S: Final = 30.0
 
 
@@ -40,7 +43,7 @@ class FetchRules:
         floor_bytes_per_s: A holder slower than this over `floor_window_s` is replaced.
         floor_window_s: How long it may be slow.
         stall_s: Longest wait while holders are connected and none has what is missing.
-        poll_s: Pause between two questions for more sources.
+        poll_s: Longest pause between two questions for more sources.
     """
 
     floor_bytes_per_s: float = 8192.0
@@ -189,11 +192,14 @@ class Transfer:
         giving = [r for r in self._readers.values() if r.giver.chunks is None or r.giver.chunks]
         share = _FINE_READINGS // max(1, len(giving)) if self._has_chunk else 1
         for reader in self._readers.values():
-            reader.giver.max_readings = max(1, min(reader.source.max_readings, share))
+            # Who holds all has most to give; its line must not rest between two questions.
+            least = 2 if self._has_chunk and reader.giver.chunks is None else 1
+            reader.giver.max_readings = max(least, min(reader.source.max_readings, share))
 
     async def _poll(self, more_sources: MoreSources) -> None:
+        begun_s = self._now_s()
         while True:
-            await asyncio.sleep(self._rules.poll_s)
+            await asyncio.sleep(poll_pause_s(self._now_s() - begun_s, self._rules.poll_s))
             try:
                 found = await more_sources()
             except ShoalError as error:
@@ -347,6 +353,15 @@ class Transfer:
                 return await self._changed.wait()
         except TimeoutError:
             return False
+
+
+def poll_pause_s(elapsed_s: float, longest_s: float) -> float:
+    """How long to wait before the next question for more sources.
+
+    Short in the beginning: while nobody knows who has the first chunks, the lines of all those
+    who have them carry nothing.
+    """
+    return min(longest_s, max(_FIRST_POLL_S, _POLL_SHARE * elapsed_s))
 
 
 def as_holder(source: str | Holder) -> Holder:

@@ -125,7 +125,8 @@ class PolicyDeltas:
             worth_bytes = int(after.size_bytes * WORTH_SHARE) - 1
             if not write_delta(base, target, after.size_bytes, draft.write, max_bytes=worth_bytes):
                 return None
-            return draft.keep(pin=True)
+            # After a crash nobody would be told of it.
+            return draft.keep(pin=True, settled=False)
 
     def _forget(self, step: DeltaStep) -> None:
         self._by_target.pop(step.target_sha256, None)

@@ -98,9 +98,10 @@ class Sharing:
             if self._dirty:
                 ttl_ms = await self._tell_all()
                 pause.reset()
+                # What changes in this time is told together; after a quiet while, at once.
+                await asyncio.sleep(_BATCH_S)
             if not await self._wait_change(ttl_ms / 1000 / 3):
                 self._dirty |= dict.fromkeys(self._sizes)
-            await asyncio.sleep(_BATCH_S)
 
     async def _wait_change(self, timeout_s: float) -> bool:
         try:

@@ -204,6 +204,7 @@ class Swarm:
         path = await self._gather(search, known, sources, until_s, lambda num_bytes: None)
         self._note(step.blob)
         await asyncio.to_thread(self._apply, ref.size_bytes, step, path)
+        self._client.settle_later(step.target_sha256)
 
     def _apply(self, size_bytes: int, step: DeltaStep, path: Path) -> None:
         self.store.reserve(size_bytes)
@@ -214,7 +215,7 @@ class Swarm:
         ):
             for block in apply_delta(base, delta, size_bytes):
                 draft.write(block)
-            draft.keep(expected=step.target_sha256)
+            draft.keep(expected=step.target_sha256, settled=False)
 
     def _note(self, ref: BlobRef) -> None:
         if self._sharing is None:
@@ -292,7 +293,8 @@ class Search:
 
     def holders_in(self, known: HoldersReply | None) -> list[Holder]:
         """One source for each holder, the first of its own that was not yet given up on."""
-        found = [] if known is None else [self._holder(holder) for holder in known.holders]
+        nearby = is_nearby(self._link.address)
+        found = [] if known is None else [self._holder(one, nearby) for one in known.holders]
         return [holder for holder in found if holder is not None]
 
     def _note_fine(self, known: HoldersReply) -> None:
@@ -315,7 +317,7 @@ class Search:
         self.has_news = False
         return HoldersReply.decode(raw, max_bytes=_MAX_REPLY_BYTES)
 
-    def _holder(self, known: KnownHolder) -> Holder | None:
+    def _holder(self, known: KnownHolder, nearby: bool) -> Holder | None:
         if known.peer in self._liars:
             return None
         chunks = None
@@ -324,7 +326,6 @@ class Search:
                 # What it has would have to be told in our own chunks; whole, it is welcome.
                 return None
             chunks = chunks_in(known.chunks, num_chunks(self.ref.size_bytes, known.chunk_bytes))
-        nearby = is_nearby(self._link.address)
         for source in known.sources:
             if source not in self._useless and may_dial(source, nearby=nearby):
                 self._peers[source] = known.peer
