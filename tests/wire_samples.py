@@ -19,6 +19,7 @@ from shoal.protocol.announcement import (
     CERTIFICATES_TOPIC,
     LOTS_TOPIC,
     POLICIES_TOPIC,
+    CertificateAnnouncement,
     LotAnnouncement,
     PolicyAnnouncement,
 )
@@ -131,11 +132,14 @@ def announced_by(double: OrchestratorDouble, now_ms: int) -> dict[str, Message]:
     domain, account = double.greeting.domain, double.account
     lots = LotAnnouncement(lots=(lot(), lot()), announced_at_ms=now_ms)
     policies = PolicyAnnouncement(policies=(POLICY,), sources=("http://b",), announced_at_ms=now_ms)
-    certificate = _certificate("0x" + "b" * 64, "0x" + "c" * 64)
+    certificate = sign(_certificate("0x" + "b" * 64, "0x" + "c" * 64), domain, account)
+    certificates = CertificateAnnouncement(
+        certificates=(certificate, certificate), announced_at_ms=now_ms
+    )
     return {
         LOTS_TOPIC: records(sign(lots, domain, account)),
         POLICIES_TOPIC: records(sign(policies, domain, account)),
-        CERTIFICATES_TOPIC: records(sign(certificate, domain, account)),
+        CERTIFICATES_TOPIC: records(sign(certificates, domain, account)),
     }
 
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from shoal.client.api import ShoalClient
 from shoal.client.devnet import Devnet, DevnetOptions
 from shoal.client.devnet_files import WorkerProfile, worker_profile
@@ -34,6 +36,9 @@ from shoal.protocol.job import JobSpec, JobState
 from shoal.protocol.keystore import load_account
 
 EXAMPLE = Path(__file__).parents[2] / "examples/addition.toml"
+
+_IDLE_CPU_S: Final = 0.3
+"""What a market without a job uses in a second, and somewhat more."""
 
 # Of one niceness: what is measured is the market, not how unlike the workers are.
 _ALIKE: Final = tuple(replace(worker_profile(n), niceness=0) for n in range(2))
@@ -84,6 +89,23 @@ _ROLES: Final = Arrangement(
 )
 
 
+async def _at_rest() -> None:
+    """The market's processes have loaded their libraries: for a second they had nothing to do."""
+    processes = psutil.Process().children(recursive=True)
+
+    def used_s() -> float:
+        times = [process.cpu_times() for process in processes]
+        return sum(spent.user + spent.system for spent in times)
+
+    before_s = used_s()
+    while True:
+        await asyncio.sleep(1.0)
+        now_s = used_s()
+        if now_s - before_s < _IDLE_CPU_S:
+            return
+        before_s = now_s
+
+
 async def run_market(spec: JobSpec, root: Path, arrangement: Arrangement) -> float:
     """Wall seconds from submission to completion, escrow opened and closed included."""
     profiles = arrangement.profiles(spec)
@@ -95,6 +117,7 @@ async def run_market(spec: JobSpec, root: Path, arrangement: Arrangement) -> flo
         account = load_account(devnet.running.requester_key)
         gateway = await open_gateway(devnet.info, account)
         async with gateway:
+            await _at_rest()
             started_s = time.perf_counter()
             submitted = await submit_job(client, gateway, arrangement.job(spec), account)
             view = await client.wait(submitted.job_id)

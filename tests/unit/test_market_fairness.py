@@ -7,7 +7,7 @@ from market_records import NOW_MS, lease, peer
 
 from shoal.market.fairness import FairShares
 from shoal.market.lease import LeaseState, fail, offer, outrun, start, submit
-from shoal.market.pace import Pace, straggles
+from shoal.market.pace import Pace
 from shoal.market.pause import FIRST_PAUSE_MS, LONGEST_PAUSE_MS, Pauses
 from shoal.protocol.errors import Expired, InvalidRequest, PeerFault
 from shoal.protocol.market import TaskKind
@@ -86,11 +86,6 @@ def test_a_first_lease_is_allowed_more_than_a_known_pace() -> None:
     assert allowance_ms("old", backlog_ms=1_000) == 3 * (100 * 4 + 1_000)
     pace.forget(JOB)
     assert pace.samples(JOB, ROLLOUT, "old") == ()
-
-
-def test_a_straggler_is_three_times_and_the_slack_behind() -> None:
-    assert not straggles(3_500, 1_000, 500)
-    assert straggles(3_501, 1_000, 500)
 
 
 def test_a_lease_that_fails_says_why_and_is_over() -> None:

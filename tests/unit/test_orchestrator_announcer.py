@@ -15,9 +15,10 @@ from shoal.protocol.announcement import (
     CERTIFICATES_TOPIC,
     LOTS_TOPIC,
     MAX_ANNOUNCEMENT_BYTES,
+    MAX_CERTIFICATES,
     MAX_LOTS,
     POLICIES_TOPIC,
-    SignedCertificate,
+    SignedCertificates,
     SignedLots,
     SignedPolicies,
     topic_of,
@@ -90,7 +91,12 @@ def test_of_a_jobs_versions_the_newest_is_told_with_where_it_is(tmp_path: Path) 
     run(scenario)
 
 
-def test_certificates_go_one_at_a_time_as_they_were_signed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_bytes", "together"), [(0, 1), (2, 2), (100, MAX_CERTIFICATES)])
+def test_as_many_certificates_go_together_as_fit_each_as_it_was_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int, together: int
+) -> None:
+    """``num_bytes`` is the room of a message, in certificates and somewhat more."""
+
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             heard, announcer = (
@@ -98,13 +104,23 @@ def test_certificates_go_one_at_a_time_as_they_were_signed(tmp_path: Path) -> No
                 lab.orchestrator.auctioneer.announcer,
             )
             certificate = Stage().published().certificate
-            announcer.certificate(certificate)
-            announcer.certificate(certificate)
+            room = int(len(certificate.encode()) * (num_bytes + 0.5)) + 256
+            monkeypatch.setattr(announcer_module, "MAX_ANNOUNCEMENT_BYTES", room)
+            for _ in range(MAX_CERTIFICATES + 3):
+                announcer.certificate(certificate)
             await announcer.flush()
-            assert SignedCertificate.decode(await arrival(heard)) == certificate
+            monkeypatch.undo()
+            if num_bytes:
+                told = SignedCertificates.decode(await arrival(heard))
+                assert told.record.certificates == (certificate,) * together
+                told.require_signer(lab.context.domain, lab.context.account.address)
+                assert len(told.encode()) <= room
+            # One that fits into no message is passed over, and holds up none behind it.
             assert heard.empty()
             await announcer.flush()
-            await arrival(heard)
+            rest = SignedCertificates.decode(await arrival(heard)).record.certificates
+            assert rest == (certificate,) * min(len(rest), MAX_CERTIFICATES + 3 - together)
+            assert len(rest) > 1
 
     run(scenario)
 
@@ -146,7 +162,11 @@ def test_the_fullest_message_of_lots_fits(tmp_path: Path) -> None:
     run(scenario)
 
 
-def test_the_announcer_runs_by_itself_and_rests_between_rounds(tmp_path: Path) -> None:
+def test_the_announcer_runs_by_itself_and_rests_between_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcer_module, "PAUSE_S", 0.25)
+
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer

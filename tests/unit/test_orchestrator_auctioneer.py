@@ -10,8 +10,14 @@ import pytest
 from orchestrator_bidders import certificates, conclude, sell, taken, three
 from orchestrator_lab import Lab, Peer, arrival, open_lab, run, until
 
-from shoal.protocol.announcement import CERTIFICATES_TOPIC, LOTS_TOPIC, LotAnnouncement, topic_of
-from shoal.protocol.certificate import ClearingCertificate, ClearingRule
+from shoal.protocol.announcement import (
+    CERTIFICATES_TOPIC,
+    LOTS_TOPIC,
+    CertificateAnnouncement,
+    LotAnnouncement,
+    topic_of,
+)
+from shoal.protocol.certificate import ClearingRule
 from shoal.protocol.errors import InvariantBroken, OverBudget, Unavailable
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import FailureCause, IdleReason
@@ -387,8 +393,10 @@ def test_lots_and_certificates_are_gossiped_and_a_network_that_cannot_holds_noth
             sell(lab)
             await arrival(peer.offers)
             await lab.orchestrator.auctioneer.announcer.flush()
-            certificate = Signed[ClearingCertificate].decode(await arrival(heard))
-            assert certificate.record == (await certificates(lab))[0]
+            told = Signed[CertificateAnnouncement].decode(await arrival(heard))
+            (first, *_) = told.record.certificates
+            assert first.record == (await certificates(lab))[0]
+            first.require_signer(lab.context.domain, account)
             await lab.context.network.stop()
             unheard = await lab.open_sale(job)
             await lab.orchestrator.auctioneer.announcer.flush()

@@ -200,7 +200,7 @@ def test_the_last_units_of_a_lot_are_given_to_a_second_node(
         async with open_lab(tmp_path) as lab:
             if not tail_is_doubled:
                 # The negative control.
-                monkeypatch.setattr(lab.orchestrator.dispatcher, "tail", list)
+                monkeypatch.setattr(lab.orchestrator.dispatcher.outlooks, "tail", list)
             job = await lab.add_job()
             first, second, third = await three(lab, capacity=40)
             await lab.open_sale(job, num_units=40, parcel_units=38)

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 from orchestrator_chain import FUNDED_MICROS
-from orchestrator_lab import DOMAIN, Lab, Peer, Sale, arrival, database_away, open_lab, run, until
+from orchestrator_lab import (
+    DOMAIN,
+    TIMEOUT_S,
+    Lab,
+    Peer,
+    Sale,
+    arrival,
+    database_away,
+    open_lab,
+    run,
+    until,
+)
 
 from shoal.market.lease import LeaseState
 from shoal.orchestrator.leases import LiveLease
@@ -63,6 +74,32 @@ class Deal:
             and not self.dispatcher.live_leases(self.job)
             and self.dispatcher.submissions.empty()
         )
+
+
+def test_a_lot_is_handed_out_once_a_worker_has_taken_the_last_that_waited(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            deal = await Deal.make(lab, num_units=4)
+            workload = deal.sale.workload
+            await deal.lease()
+            assert workload.waiting
+            assert not workload.handed_out.is_set()
+            deal.peer.refusal = "no"
+            await deal.grant()
+            await until(lambda: workload.waiting == [(2, 3)])
+            assert not workload.handed_out.is_set()
+            deal.peer.refusal = None
+            deal.peer.gate.clear()
+            await deal.grant()
+            await arrival(deal.peer.offers)
+            await arrival(deal.peer.offers)
+            assert not workload.waiting
+            assert not workload.handed_out.is_set()
+            deal.peer.gate.set()
+            async with asyncio.timeout(TIMEOUT_S):
+                await workload.handed_out.wait()
+
+    run(scenario)
 
 
 def test_an_accepted_offer_is_a_running_lease_on_record(tmp_path: Path) -> None:

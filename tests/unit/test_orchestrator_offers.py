@@ -11,8 +11,8 @@ from orchestrator_lab import Lab, Peer, Sale, arrival, open_lab, run, until
 from shoal.market.lease import LeaseState
 from shoal.network.memory import MemoryNetwork
 from shoal.orchestrator.leases import LiveLease
-from shoal.protocol.errors import Clock, Expired
-from shoal.protocol.node import LeaseOffer
+from shoal.protocol.errors import Clock, Expired, Unavailable
+from shoal.protocol.node import LEASE_PROTOCOL, LeaseOffer
 
 PAYLOAD = b"done at once"
 
@@ -108,5 +108,52 @@ def test_a_connection_that_gives_up_is_a_refusal_only_within_the_offers_time(
             ended = LeaseState.REFUSED if clock is None else LeaseState.EXPIRED
             assert (live.record.state, live.record.clock) == (ended, clock)
             assert sale.workload.waiting == [(0, 1)]
+
+    run(scenario)
+
+
+def test_the_next_offer_names_what_was_taken_back_until_a_heartbeat_has(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            peer, _, first, _ = await offered(lab)
+            assert first.revoked == ()
+            await lab.orchestrator.dispatcher.revoke_job(first.lease.record.job_id, "enough")
+            workload = (sale := await lab.open_sale(await lab.add_job(), 4)).workload
+
+            async def next_offer() -> LeaseOffer:
+                award = lab.award(peer, sale)
+                await lab.orchestrator.dispatcher.grant(workload, workload.waiting[0], award)
+                return await arrival(peer.offers)
+
+            taken_back = (first.lease.record.lease_id,)
+            assert (await next_offer()).revoked == taken_back
+            assert (await peer.beat(first)).revoked == taken_back
+            assert (await next_offer()).revoked == ()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("breaks", "state"), [(1, LeaseState.TAKEN), (2, LeaseState.REFUSED)])
+def test_an_offer_whose_connection_was_replaced_goes_over_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: int, state: LeaseState
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            peer, sale = await lab.peer(), await lab.open_sale(job)
+            left, request = [None] * breaks, MemoryNetwork.request
+
+            async def breaking(self: MemoryNetwork, *args: Any, **named: Any) -> bytes:
+                if left and args[1] == LEASE_PROTOCOL:
+                    left.pop()
+                    raise Unavailable("The stream to the peer broke.", code="stream_broken")
+                return await request(self, *args, **named)
+
+            monkeypatch.setattr(MemoryNetwork, "request", breaking)
+            live = await lab.orchestrator.dispatcher.grant(
+                sale.workload, sale.workload.waiting[0], lab.award(peer, sale)
+            )
+            await until(lambda: live.record.state is not LeaseState.OFFERED)
+            assert live.record.state is state
 
     run(scenario)

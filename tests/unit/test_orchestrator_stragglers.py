@@ -23,7 +23,7 @@ from shoal.rl.batch import RolloutPayload, RowLimits
 from shoal.rl.rollout import run_rollout
 
 UNIT_MS = 1_000
-LATE_MS = 3 * 2 * UNIT_MS + 2_000
+LATE_MS = 2 * 2 * UNIT_MS + 250
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ async def race(folder: Path, school: School) -> AsyncIterator[Race]:
         yield contest
 
 
-def test_a_lease_three_times_too_slow_is_given_to_another_node_too(
+def test_a_lease_as_late_as_another_node_takes_is_given_to_it_too(
     tmp_path: Path, school: School
 ) -> None:
     async def scenario() -> None:
@@ -243,7 +243,7 @@ def test_without_the_rule_one_slow_worker_holds_the_lot_up(
 ) -> None:
     async def scenario() -> None:
         async with race(tmp_path, school) as contest:
-            monkeypatch.setattr(contest.dispatcher, "stragglers", list)
+            monkeypatch.setattr(contest.dispatcher.outlooks, "stragglers", list)
             slow, _ = await contest.begin()
             await contest.peers[1].bid(price_micros=20)
             await contest.pass_ms(2 * LATE_MS, slow=(0, slow))

@@ -23,11 +23,13 @@ from shoal.protocol.announcement import (
     MAX_ANNOUNCEMENT_BYTES,
     MAX_SKEW_MS,
     POLICIES_TOPIC,
+    CertificateAnnouncement,
     LotAnnouncement,
     PolicyAnnouncement,
     topic_of,
 )
 from shoal.protocol.blob import BlobRef
+from shoal.protocol.certificate import ClearingCertificate
 from shoal.protocol.clock import ManualTime
 from shoal.protocol.errors import Unavailable
 from shoal.protocol.node import ContractAddresses, HelloReply
@@ -55,6 +57,13 @@ def policy(version: int, job_id: str = JOB_ID, size_bytes: int = 8) -> PolicyVer
 def policies(*versions: PolicyVersion, sources: tuple[str, ...] = (), at_ms: int = NOW_MS) -> bytes:
     record = PolicyAnnouncement(policies=versions, sources=sources, announced_at_ms=at_ms)
     return sign(record, DOMAIN, HOME).encode()
+
+
+def certificates(
+    *given: Signed[ClearingCertificate], at_ms: int = NOW_MS, signer: LocalAccount = HOME
+) -> bytes:
+    record = CertificateAnnouncement(certificates=given, announced_at_ms=at_ms)
+    return sign(record, DOMAIN, signer).encode()
 
 
 def greeting() -> HelloReply:
@@ -318,19 +327,43 @@ def test_a_certificate_of_a_known_job_is_kept_within_bounds(
 ) -> None:
     async def check(made: Ear) -> None:
         certificate = Stage(orchestrator=HOME).published().certificate
-        await made.say(CERTIFICATES_TOPIC, certificate.encode())
+        elsewhere = certificate.record.lot.model_copy(update={"job_id": OTHER_JOB})
+        unknown = sign(certificate.record.model_copy(update={"lot": elsewhere}), DOMAIN, HOME)
+        await made.say(CERTIFICATES_TOPIC, certificates(certificate, unknown, certificate))
         assert [type(certificate).model_validate_json(line) for line in made.certificates()] == [
-            certificate
+            certificate,
+            certificate,
         ]
         monkeypatch.setattr("shoal.worker.evidence._MAX_CERTIFICATES_BYTES", 10)
         later = sign(
             certificate.record.model_copy(update={"issued_at_ms": NOW_MS + 1}), DOMAIN, HOME
         )
-        await made.say(CERTIFICATES_TOPIC, later.encode())
+        await made.say(CERTIFICATES_TOPIC, certificates(later))
         assert len(made.certificates()) == 1
         assert (tmp_path / "certificates.old.jsonl").exists()
 
     run(tmp_path, check)
+
+
+def test_a_certificate_is_kept_only_if_the_orchestrator_signed_it_by_itself(
+    tmp_path: Path,
+) -> None:
+    async def check(made: Ear) -> None:
+        genuine = Stage(orchestrator=HOME).published().certificate
+        forged = Stage(orchestrator=STRANGER).published().certificate
+        await made.say(CERTIFICATES_TOPIC, certificates(forged, genuine))
+        kept = [type(genuine).model_validate_json(line) for line in made.certificates()]
+        assert kept == [genuine]
+
+    run(tmp_path, check)
+
+
+def test_certificates_told_by_another_are_not_taken_whoever_signed_them(tmp_path: Path) -> None:
+    made = Ear(tmp_path)
+    genuine = Stage(orchestrator=HOME).published().certificate
+    again = certificates(genuine, signer=STRANGER)
+    assert made.verdict(again, CERTIFICATES_TOPIC) is TopicVerdict.REJECT
+    assert made.verdict(certificates(genuine), CERTIFICATES_TOPIC) is TopicVerdict.ACCEPT
 
 
 def test_a_liar_is_penalised_and_banned_and_an_honest_bearer_of_old_news_is_not(

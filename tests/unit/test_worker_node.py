@@ -209,6 +209,27 @@ def test_a_revoked_lease_is_dropped(drive: Drive, caplog: pytest.LogCaptureFixtu
     assert events(caplog, "lease_dropped")[0]["reason"] == "revoked"
 
 
+def test_an_offer_names_what_was_taken_back_to_make_room_for_it(
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.worker.node.MAX_HELD_LEASES", 1)
+
+    async def script(world: World) -> None:
+        await world.join()
+        world.engine.free.clear()
+        first, second = world.offer(), world.offer(number=1)
+        assert (await world.double.send(first, IDENTITY.peer_id)).refusal is None
+        full = await world.double.send(second, IDENTITY.peer_id)
+        assert "are held already" in str(full.refusal)
+        instead = second.model_copy(update={"revoked": (first.lease.record.lease_id,)})
+        assert (await world.double.send(instead, IDENTITY.peer_id)).refusal is None
+        world.engine.free.set()
+        message = await world.next(world.double.inbox.results)
+        assert message.result.lease_id == second.lease.record.lease_id
+
+    drive(script)
+
+
 def test_a_repeated_offer_is_accepted_once_and_an_older_epoch_refused(drive: Drive) -> None:
     async def script(world: World) -> None:
         await world.join()

@@ -18,13 +18,14 @@ from __future__ import annotations
 from pydantic import Field
 
 from shoal.market.beta import PPM
-from shoal.market.pace import STRAGGLER_FACTOR
 from shoal.market.reputation import NEWCOMER, Standing
 from shoal.protocol.certificate import BidderTerms
 from shoal.protocol.money import MAX_MICROS, Micros, MicrosField
 from shoal.protocol.record import MAX_INT, Record
 
 _MS_PER_S = 1_000
+_SLOWEST_FACTOR = 3
+"""By so many times the target another node has been given the work too (`pace.remaining_ms`)."""
 
 
 class HandicapTerms(Record):
@@ -49,7 +50,7 @@ def handicap_up(standing: Standing, unit_ms: int | None, terms: HandicapTerms) -
     Args:
         standing: The account's record.
         unit_ms: The node's p90 time for a unit of this work; None when unknown, which counts
-            as the slowest that counts: three times the target, from where on another node is
+            as the slowest that counts: three times the target, by when another node has been
             given the work too, so that waiting costs the requester no more.
         terms: What failing and waiting cost.
 
@@ -69,7 +70,7 @@ def handicap_up(standing: Standing, unit_ms: int | None, terms: HandicapTerms) -
 def _excess_ms(unit_ms: int | None, target_unit_ms: int | None) -> int:
     if target_unit_ms is None:
         return 0
-    slowest_ms = STRAGGLER_FACTOR * target_unit_ms
+    slowest_ms = _SLOWEST_FACTOR * target_unit_ms
     counted_ms = slowest_ms if unit_ms is None else min(unit_ms, slowest_ms)
     return max(0, counted_ms - target_unit_ms)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 
 from shoal.market.clearing import Refusal
 from shoal.market.fairness import FairShares
@@ -182,8 +182,11 @@ class Auctioneer:
             self._changed.clear()
             self._sweep()
             await self._share_out()
-            for behind in (*self._dispatcher.stragglers(), *self._dispatcher.tail()):
-                await self._safely(behind.workload, self._hedge(behind))
+            outlooks = self._dispatcher.outlooks
+            for behind in outlooks.stragglers():
+                await self._safely(behind.workload, self._hedge(behind, sooner=True))
+            for last in outlooks.tail():
+                await self._safely(last.workload, self._hedge(last, sooner=False))
 
     def _sweep(self) -> None:
         for workload in self._open:
@@ -241,11 +244,19 @@ class Auctioneer:
             if placement is None or not nodes or passed_over >= _PARCELS_PASSED_OVER:
                 break
             rung = self._next_rung(workload, placement, parcel, nodes)
+            if rung is not None and not self._is_usual(workload, parcel, rung):
+                timely = self._in_time(workload, placement, parcel, nodes)
+                rung = self._next_rung(workload, placement, parcel, timely)
+                if rung is None and parcel not in placement.failed:
+                    # The next parcel would have to wait for somebody quicker too.
+                    break
             if rung is None:
                 passed_over += 1
                 continue
             award = placement.award(rung, len(parcel))
             self._charge(await self._dispatcher.grant(workload, parcel, award))
+            # The offer goes out before the next parcel, which may be less urgent, is thought of.
+            await asyncio.sleep(0)
             granted = True
             if one:
                 break
@@ -284,8 +295,25 @@ class Auctioneer:
         held = self._dispatcher.in_flight().get((node, kind), 0)
         return num_units <= capacity - held and self._may_work(node, workload.lot.lot_id)
 
+    def _is_usual(self, workload: Workload, parcel: Parcel, rung: Rung) -> bool:
+        return self._dispatcher.outlooks.is_usual(workload, parcel, rung.node)
+
+    def _in_time(
+        self, workload: Workload, placement: Placement, parcel: Parcel, nodes: Sequence[str]
+    ) -> Sequence[str]:
+        """Those of ``nodes`` who are quick enough for the parcel; see `Outlooks.in_time`."""
+        able = [node for node in nodes if self._next_rung(workload, placement, parcel, [node])]
+        able += [
+            node
+            for node in {*placement.ladder.nodes}.difference(able)
+            if self._dispatcher.num_open(node)
+            and self._may_work(node, workload.lot.lot_id)
+            and placement.ladder.next_rung(parcel, len(parcel), nodes=[node], in_flight={})
+        ]
+        return self._dispatcher.outlooks.in_time(workload, parcel, nodes, able)
+
     def _next_rung(
-        self, workload: Workload, placement: Placement, parcel: Parcel, nodes: list[str]
+        self, workload: Workload, placement: Placement, parcel: Parcel, nodes: Sequence[str]
     ) -> Rung | None:
         """The first rung of ``nodes`` with room, and stake, for the parcel."""
         num_units = len(parcel)
@@ -306,12 +334,17 @@ class Auctioneer:
             left.remove(rung.node)
         return None
 
-    async def _hedge(self, behind: LiveLease) -> bool:
-        """Leases the lease's parcel to another node too, if one has room for it."""
+    async def _hedge(self, behind: LiveLease, *, sooner: bool) -> bool:
+        """Leases the lease's parcel to another node too, if one has room for it.
+
+        With ``sooner`` only to one that is expected to be done before.
+        """
         workload = behind.workload
         if workload.closed or not behind.record.state.is_open:
             return False
         nodes = [node for node in self._ready_nodes(workload) if node != behind.lease.node]
+        if sooner:
+            nodes = self._dispatcher.outlooks.quicker(behind, nodes)
         placement = await self._clearings.placement(workload, behind.units) if nodes else None
         if placement is None:
             return False

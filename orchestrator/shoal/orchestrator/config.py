@@ -42,8 +42,8 @@ class OrchestratorConfig(BaseModel):
 
     ``job_weights`` names requesters whose jobs get more (or less) of the workers than others,
     whose weight is 1.  A lease may last ``first_lease_ms`` while nobody knows how long its
-    units take.  One that lasts three times longer than usual and ``straggler_slack_ms`` more
-    is given to a second worker too.
+    units take.  The parcel of one that has fallen behind is given to a second worker too, if
+    that is expected to finish ``straggler_slack_ms`` sooner.
 
     A market epoch, for which the book of bids is sealed, lasts at least ``market_epoch_ms``.
 
@@ -102,7 +102,7 @@ class OrchestratorConfig(BaseModel):
     first_lease_ms: int = Field(default=600_000, ge=100)
     lease_floor_ms: int = Field(default=30_000, ge=100)
     lease_ceiling_ms: int = Field(default=3_600_000, ge=100)
-    straggler_slack_ms: int = Field(default=2_000, ge=0)
+    straggler_slack_ms: int = Field(default=250, ge=0)
     max_attempts: int = Field(default=8, ge=1)
     chain_depth: int = Field(default=12, ge=0, le=10_000)
     job_weights: dict[str, float] = Field(default_factory=dict)

@@ -17,7 +17,6 @@ from sqlalchemy import update
 
 from shoal.market import lease as leases
 from shoal.market.lease import LeaseRecord, LeaseState
-from shoal.market.pace import Pace, straggles
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.handin import require_payload, require_receipt
 from shoal.orchestrator.hearing import Hearing
@@ -29,6 +28,7 @@ from shoal.orchestrator.leases import (
     printable,
     store_record,
 )
+from shoal.orchestrator.outlooks import Outlooks
 from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.setbacks import Setbacks
@@ -68,8 +68,6 @@ _ANSWER_WITHIN_MS = 10_000
 _OFFER_TIMEOUT_S = _ANSWER_WITHIN_MS / 1_000
 _UNKNOWN_UNIT_MS = 1_000
 """What a unit is taken to cost while none of its job and kind has been accepted."""
-_STALL_SHARE = 3
-"""A lease may be given to another node too after a third of its progress window at a stop."""
 
 
 class Dispatcher:
@@ -91,8 +89,9 @@ class Dispatcher:
         self._hearing = Hearing(context.config.heartbeat_ms)
         self._table = LeaseTable()
         record.backed_micros = self._table.backed_micros
-        self.pace = Pace()
-        self._slow: list[LiveLease] = []
+        self.outlooks = Outlooks(context, self._table)
+        """What is to be expected of nodes and leases."""
+        self.pace = self.outlooks.pace
         self._offers: set[asyncio.Task[None]] = set()
         self._fewer = asyncio.Event()
         self.submissions: asyncio.PriorityQueue[Submission] = asyncio.PriorityQueue()
@@ -186,9 +185,9 @@ class Dispatcher:
         rival: LiveLease | None = None,
     ) -> LiveLease:
         task = await workload.build_task(units)
-        if workload.closed or (rival is not None and not self._may_rival(rival)):
+        if workload.closed or (rival is not None and not rival.may_rival):
             raise Unavailable(f"Lot {workload.lot.lot_id} is withdrawn.", code="lot_withdrawn")
-        backlog_ms = sum(held.expected_ms for held in self._table.open_of(award.node))
+        backlog_ms = self.outlooks.backlog_ms(award.node)
         lease = make_lease(
             self._context.config,
             self.pace,
@@ -223,9 +222,6 @@ class Dispatcher:
                 raise
         return live
 
-    def _may_rival(self, slow: LiveLease) -> bool:
-        return slow.rival is None and slow.record.state.is_open
-
     def _expected_unit_ms(self, workload: Workload) -> int:
         median = self.pace.median_unit_ms(workload.lot.job_id, workload.kind)
         return _UNKNOWN_UNIT_MS if median is None else median
@@ -236,13 +232,11 @@ class Dispatcher:
             task=live.task,
             upload_token=live.upload_token,
             max_result_bytes=live.max_result_bytes,
+            revoked=self._table.untold(live.lease.node),
         )
         node = PeerId(live.lease.node)
         try:
-            raw = await self._context.network.request(
-                node, LEASE_PROTOCOL, offer.encode(), timeout_s=_OFFER_TIMEOUT_S
-            )
-            reply = LeaseReply.decode(raw)
+            reply = LeaseReply.decode(await self._offered(node, offer.encode()))
             if reply.refusal is not None:
                 await self._refused(live, reply.refusal)
                 return
@@ -255,8 +249,21 @@ class Dispatcher:
                     now_ms=self._context.time.now_ms(),
                 ),
             )
+            if not live.workload.waiting:
+                live.workload.handed_out.set()
         except ShoalError as error:
             await self._unanswered(live, error.message)
+
+    async def _offered(self, node: PeerId, offer: bytes) -> bytes:
+        """The node's answer to an offer, which it answers alike however often it hears it."""
+        network = self._context.network
+        try:
+            return await network.request(node, LEASE_PROTOCOL, offer, timeout_s=_OFFER_TIMEOUT_S)
+        except Unavailable:
+            # A node that came back has replaced its connection: the offer goes over the new one.
+            if node not in network.peers():
+                raise
+            return await network.request(node, LEASE_PROTOCOL, offer, timeout_s=_OFFER_TIMEOUT_S)
 
     async def _unanswered(self, live: LiveLease, reason: str) -> None:
         """No word of the holder's: the offer clock ends it if it has run out, else we do at once.
@@ -472,6 +479,7 @@ class Dispatcher:
                     "heartbeat_refused", extra={"lease_id": progress.lease_id, "reason": str(error)}
                 )
                 revoked.append(progress.lease_id)
+        self._table.told(peer)
         return tuple(revoked)
 
     async def reap(self) -> None:
@@ -486,40 +494,7 @@ class Dispatcher:
             if record is not live.record:
                 await self.end(live, record, failed=True)
 
-        self._slow = [live for live in self._table if self._straggles(live, now_ms)]
-
-    def stragglers(self) -> list[LiveLease]:
-        """Leases that hold up a lot of which nothing else waits, far behind their peers.
-
-        Those that the last `reap` found; each is named once.
-        """
-        slow, self._slow = self._slow, []
-        return [live for live in slow if not live.workload.waiting and self._may_rival(live)]
-
-    def tail(self) -> list[LiveLease]:
-        """Leases of the last few units of their lot, which nobody else works on yet."""
-        # Asked once for each lot: the answer takes a look at all that is under way of it.
-        lots = {live.lease.lot_id: live.workload for live in self._table}
-        tails = {lot_id for lot_id, workload in lots.items() if workload.is_tail}
-        return [
-            live for live in self._table if live.lease.lot_id in tails and self._may_rival(live)
-        ]
-
-    def _straggles(self, live: LiveLease, now_ms: int) -> bool:
-        workload = live.workload
-        if workload.waiting or workload.closed or not self._may_rival(live):
-            return False
-        record = live.record
-        if (now_ms - record.progress_at_ms) * _STALL_SHARE > record.progress_window_ms:
-            return True
-        median = self.pace.median_unit_ms(live.lease.job_id, live.lease.kind)
-        if median is None:
-            return False
-        return straggles(
-            now_ms - live.lease.issued_at_ms,
-            median * len(live.units) + live.backlog_ms,
-            self._context.config.straggler_slack_ms,
-        )
+        self.outlooks.look()
 
     async def revoke_job(self, job_id: str, reason: str) -> None:
         """Takes back every open lease of the job."""
@@ -536,13 +511,15 @@ class Dispatcher:
             raise InvariantBroken(f"Lease {live.lease.lease_id} is concluded as {record.state}.")
         self._table.change(live, record)
         self._forget(live)
-        self.pace.note(live.lease.job_id, live.lease.kind, live.lease.node, unit_ms)
+        self.outlooks.note(live, unit_ms=unit_ms)
         self.on_served(live, unit_ms * len(live.units))
 
     async def call_off_rival(self, live: LiveLease) -> None:
         """Nobody works any more on the parcel that the accepted ``live`` delivered."""
         rival = live.rival
         if rival is not None and not rival.record.state.is_final:
+            if rival.record.state.is_open:
+                self.outlooks.note_outrun(rival)
             record = leases.outrun(rival.record, now_ms=self._context.time.now_ms())
             await self.end(rival, record, failed=False)
 

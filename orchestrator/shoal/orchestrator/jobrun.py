@@ -11,6 +11,8 @@ wherever it is interrupted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
@@ -38,6 +40,10 @@ from shoal.provenance.statement import (
 )
 from shoal.rl.aggregation import UpdateStats
 from shoal.rl.environments import Split, metric_names
+
+_HEAD_START_S = 0.05
+"""For how long at most nothing else is offered while a batch's gradient is: the learner waits for
+it, and clearing and offering rollouts costs as much of the event loop as that does."""
 
 
 class JobRun:
@@ -232,7 +238,8 @@ class JobRun:
         }
         await self._publish(policy, facts, metrics)
         self.reward_recent = metrics["reward"]
-        await self._tidy(version + 1, metrics, lambda: self.learner.secure(folder, version + 1))
+        secure = functools.partial(self.learner.secure, folder, policy, self._context.blobs)
+        await self._tidy(version + 1, metrics, secure)
 
     async def _tidy(
         self, version: int, metrics: dict[str, float], secure: Callable[[], None]
@@ -255,7 +262,8 @@ class JobRun:
         """The gradient of the version's batch is on the market, and so is the next batch.
 
         The learner waits for the gradient, so it is offered first if its batch is complete
-        already; workers then sample the next batch while the update is made.
+        already, and gets a head start; workers then sample the next batch while it is computed
+        and the update is made.
         """
         if not self._sampler.is_complete(version):
             await self._sampler.issue(version)
@@ -269,9 +277,12 @@ class JobRun:
         slices = await self._slicer.of(batch)
         gradient = GradientSum(num_slices=len(slices))
         if slices:
-            await self._market.open(
-                self._planner.gradients(batch.number, self._current(), slices, gradient.take)
-            )
+            workload = self._planner.gradients(batch.number, self._current(), slices, gradient.take)
+            await self._market.open(workload)
+            if workload.undelivered:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_HEAD_START_S):
+                        await workload.handed_out.wait()
         else:
             await self._journal.event(
                 self.job_id,

@@ -87,18 +87,21 @@ class Learner:
                     f"which was at policy version {version}; put the folder back.",
                     code="no_checkpoint",
                 )
-            return [self.publish(0, blobs)]
+            return [self._version(0, self._adapter(), blobs)]
         self.policy.load_adapter(checkpoint.adapter)
         self._encoded = None
         self._optimizer.load_state(checkpoint.optimizer)
         older = [
             self._version(number, adapter, blobs) for number, adapter in checkpoint.older.items()
         ]
-        return [*older, self.publish(checkpoint.manifest.step, blobs)]
+        return [*older, self._version(checkpoint.manifest.step, self._adapter(), blobs)]
 
     def publish(self, version: int, blobs: BlobStore) -> PolicyVersion:
-        """The current weights as a policy version whose adapter can be fetched."""
-        return self._version(version, self._adapter(), blobs)
+        """The current weights as a policy version whose adapter can be fetched.
+
+        The checkpoint brings the adapter back, so nobody waits until the disk has it twice.
+        """
+        return self._version(version, self._adapter(), blobs, settled=False)
 
     def _adapter(self) -> bytes:
         """The current weights, encoded once for each update."""
@@ -106,7 +109,9 @@ class Learner:
             self._encoded = self.policy.adapter_bytes()
         return self._encoded
 
-    def _version(self, number: int, adapter: bytes, blobs: BlobStore) -> PolicyVersion:
+    def _version(
+        self, number: int, adapter: bytes, blobs: BlobStore, *, settled: bool = True
+    ) -> PolicyVersion:
         if len(adapter) > MAX_ADAPTER_BYTES:
             raise InvalidRequest(
                 f"A policy version of this job has {len(adapter)} bytes and workers take at most "
@@ -118,7 +123,7 @@ class Learner:
             job_id=self.job_id,
             version=number,
             base_sha256=self._base_sha256,
-            adapter=blobs.put_bytes(adapter, pin=True),
+            adapter=blobs.put_bytes(adapter, pin=True, settled=settled),
         )
 
     def update(self, gradients: Sequence[GradientPayload], groups: Sequence[Group]) -> UpdateStats:
@@ -147,13 +152,15 @@ class Learner:
             older=older,
         )
 
-    def secure(self, folder: Path, version: int) -> None:
+    def secure(self, folder: Path, policy: PolicyVersion, blobs: BlobStore) -> None:
         """The version's checkpoint is on the disk if it is one of those kept for long.
 
         Only then are older ones dropped.  The others survive the process's death, and a power
-        cut that spoils one is seen by its digest.  Touches files only.
+        cut that spoils one is seen by its digest.  The published adapter is on the disk in any
+        case.  Touches files only.
         """
-        if is_spaced(version, self.spec.checkpoint):
+        blobs.settle(policy.adapter.sha256)
+        if is_spaced(policy.version, self.spec.checkpoint):
             sync_checkpoint(folder)
         prune_checkpoints(self._checkpoints, self.spec.checkpoint)
 

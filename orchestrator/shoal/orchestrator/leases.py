@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from shoal.market.lease import LeaseRecord
+from shoal.market.lease import LeaseRecord, LeaseState
 from shoal.market.reputation import Outcome
 from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.roster import Member
@@ -19,7 +19,7 @@ from shoal.orchestrator.workload import Workload
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.ids import LeaseId
 from shoal.protocol.market import Lease, TaskKind
-from shoal.protocol.node import ResultMessage
+from shoal.protocol.node import MAX_REVOKED, ResultMessage
 from shoal.protocol.signing import Signed
 from shoal.protocol.task import Task
 
@@ -55,6 +55,11 @@ class LiveLease:
         return self.record.lease
 
     @property
+    def may_rival(self) -> bool:
+        """Whether its parcel may be leased to another node too."""
+        return self.rival is None and self.record.state.is_open
+
+    @property
     def claim_id(self) -> str:
         """Names the parcel of the lot: whoever does it, it is paid at most once."""
         named = f"{self.lease.lot_id}:{','.join(map(str, self.units))}"
@@ -85,6 +90,7 @@ class LeaseTable:
         self._held: Counter[tuple[str, TaskKind]] = Counter()
         self._backed: Counter[str] = Counter()
         self._ended: OrderedDict[str, LeaseRecord] = OrderedDict()
+        self._untold: defaultdict[str, dict[str, None]] = defaultdict(dict)
 
     def __iter__(self) -> Iterator[LiveLease]:
         return iter(list(self._live.values()))
@@ -121,8 +127,11 @@ class LeaseTable:
             del self._by_job[live.lease.job_id]
         self._by_token.pop(_token_key(live.upload_token), None)
         self._ended[lease_id] = live.record
+        if live.record.state is LeaseState.REVOKED:
+            self._untold[live.lease.node][lease_id] = None
         while len(self._ended) > _MAX_REMEMBERED:
-            self._ended.popitem(last=False)
+            oldest, record = self._ended.popitem(last=False)
+            self._note_told(record.lease.node, oldest)
         return True
 
     def _close(self, live: LiveLease) -> None:
@@ -136,6 +145,20 @@ class LeaseTable:
         self._held[key] -= lease.num_units
         if not self._held[key]:
             del self._held[key]
+
+    def untold(self, node: str) -> tuple[str, ...]:
+        """The leases taken back from the node of which it may not know yet."""
+        return tuple(self._untold.get(node, ()))[-MAX_REVOKED:]
+
+    def told(self, node: str) -> None:
+        """The node is being told which of the leases it holds were taken back."""
+        self._untold.pop(node, None)
+
+    def _note_told(self, node: str, lease_id: str) -> None:
+        of_node = self._untold.get(node, {})
+        of_node.pop(lease_id, None)
+        if not of_node:
+            self._untold.pop(node, None)
 
     def find(self, lease_id: str) -> LiveLease | None:
         """The live lease of that id."""

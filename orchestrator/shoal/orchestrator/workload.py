@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class Workload:
 
     ``work`` names what makes the times of its units comparable (`work_name`).  ``placement``
     is the lot's present clearing, absent before the first; ``certified`` holds the digests of
-    all its certificates that are written down.
+    all its certificates that are written down.  ``handed_out`` is set once a worker has taken
+    the last of its parcels that waited.
     """
 
     lot: Lot
@@ -77,6 +79,7 @@ class Workload:
     certified: set[str] = field(default_factory=set)
     attempts: Counter[int] = field(default_factory=Counter)
     undelivered: set[Parcel] = field(default_factory=set)
+    handed_out: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
 
     def __post_init__(self) -> None:

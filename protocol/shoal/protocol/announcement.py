@@ -19,13 +19,14 @@ from shoal.protocol.signing import Domain, SignableRecord, Signed
 
 LOTS_TOPIC = "shoal/lots/2"
 POLICIES_TOPIC = "shoal/policies/2"
-CERTIFICATES_TOPIC = "shoal/certificates/2"
+CERTIFICATES_TOPIC = "shoal/certificates/3"
 
 MAX_ANNOUNCEMENT_BYTES = 48 << 10
 """Below the cap of a gossip message, which holds an announcement and its envelope."""
 
 MAX_LOTS = 32
 MAX_POLICIES = 32
+MAX_CERTIFICATES = 32
 MAX_SOURCES = 8
 
 MAX_AGE_MS = 120_000
@@ -97,6 +98,20 @@ class PolicyAnnouncement(_Announcement):
     )
 
 
+class CertificateAnnouncement(_Announcement):
+    """Clearings that were just certified, each as it was signed.
+
+    Writer: the orchestrator.  Reader: workers, which keep the certificates of jobs they know:
+    two that differ, of one lot and epoch, prove that bidders were told different things.
+
+    Example:
+        >>> CertificateAnnouncement(certificates=(), announced_at_ms=1).encode()
+        b'{"announced_at_ms":1,"certificates":[]}'
+    """
+
+    certificates: tuple[Signed[ClearingCertificate], ...] = Field(max_length=MAX_CERTIFICATES)
+
+
 SignedLots = Signed[LotAnnouncement]
 SignedPolicies = Signed[PolicyAnnouncement]
-SignedCertificate = Signed[ClearingCertificate]
+SignedCertificates = Signed[CertificateAnnouncement]

@@ -34,6 +34,8 @@ from shoal.protocol.signing import Domain, SignableRecord, Signed
 from shoal.protocol.task import Task
 
 PROTOCOL_VERSION = 2
+MAX_REVOKED = 256
+"""Leases that one message may name as taken back."""
 
 HELLO_PROTOCOL = "/shoal/hello/1"
 JOIN_PROTOCOL = "/shoal/join/1"
@@ -172,13 +174,15 @@ class LeaseOffer(Record):
     """A signed lease with its task.
 
     ``upload_token`` is the bearer secret that lets this lease's result, and nothing else,
-    be stored with the orchestrator; ``max_result_bytes`` caps it.
+    be stored with the orchestrator; ``max_result_bytes`` caps it.  ``revoked`` are leases taken
+    back since the worker's last heartbeat, to be dropped first: what they leave is offered here.
     """
 
     lease: Signed[Lease]
     task: Task
     upload_token: str = Field(pattern=r"^[0-9a-f]{32,128}$")
     max_result_bytes: int = Field(ge=1, le=MAX_INT)
+    revoked: tuple[ShortId, ...] = Field(default=(), max_length=MAX_REVOKED)
 
 
 class LeaseReply(Record):
@@ -330,7 +334,7 @@ class HeartbeatReply(Record):
     absent where the reason has no figures.
     """
 
-    revoked: tuple[ShortId, ...] = Field(max_length=256)
+    revoked: tuple[ShortId, ...] = Field(max_length=MAX_REVOKED)
     verdicts: tuple[Signed[Verdict], ...] = Field(max_length=256)
     open_jobs: tuple[OpenJob, ...] = Field(max_length=1024)
     market_epoch: int = Field(ge=0, le=MAX_UNITS)

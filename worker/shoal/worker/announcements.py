@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -24,7 +24,7 @@ from shoal.protocol.announcement import (
     MAX_ANNOUNCEMENT_BYTES,
     MAX_SKEW_MS,
     POLICIES_TOPIC,
-    SignedCertificate,
+    SignedCertificates,
     SignedLots,
     SignedPolicies,
     topic_of,
@@ -40,9 +40,15 @@ from shoal.worker.events import log_failure
 from shoal.worker.evidence import EvidenceBook
 
 _MAX_REMEMBERED: Final = 4_096
-"""Above what three topics of five messages a second bring within the age that is accepted."""
+"""Above what three topics of a few messages a second bring within the age that is accepted."""
 
 _MAX_WAITING: Final = 8
+
+_RECORDS: Final[Mapping[str, type[Signed[Any]]]] = {
+    LOTS_TOPIC: SignedLots,
+    POLICIES_TOPIC: SignedPolicies,
+    CERTIFICATES_TOPIC: SignedCertificates,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,7 @@ class Announcements:
         for topic, handler in (
             (LOTS_TOPIC, self._on_lots),
             (POLICIES_TOPIC, self._on_policies),
-            (CERTIFICATES_TOPIC, self._on_certificate),
+            (CERTIFICATES_TOPIC, partial(self._on_certificates, greeting)),
         ):
             whose = topic_of(topic, greeting.domain, greeting.orchestrator)
             if whose in self._followed:
@@ -121,14 +127,14 @@ class Announcements:
         if self._heard.has(digest) or self._stale.has(digest):
             return TopicVerdict.IGNORE
         try:
-            signed, made_ms = _read(topic, payload)
+            signed = _RECORDS[topic].decode(payload, max_bytes=MAX_ANNOUNCEMENT_BYTES)
             signed.require_signer(domain, account)
         except ShoalError:
             return TopicVerdict.REJECT
         if signed.encode() != payload:
             # One record in other words would pass for another that was not heard yet.
             return TopicVerdict.REJECT
-        age_ms = self._time.now_ms() - made_ms
+        age_ms = self._time.now_ms() - signed.record.announced_at_ms
         if not -MAX_SKEW_MS <= age_ms <= MAX_AGE_MS:
             self._stale.add(digest)
             return TopicVerdict.IGNORE
@@ -160,10 +166,19 @@ class Announcements:
             except ShoalError as error:
                 log_failure("not_fetched_ahead", error, job_id=job_id)
 
-    async def _on_certificate(self, _: PeerId, payload: bytes) -> None:
-        certificate = SignedCertificate.decode(payload)
-        if certificate.record.lot.job_id in self._interests.known():
-            self._book.keep_certificate(certificate)
+    async def _on_certificates(self, greeting: HelloReply, _: PeerId, payload: bytes) -> None:
+        known = self._interests.known()
+        for certificate in SignedCertificates.decode(payload).record.certificates:
+            if certificate.record.lot.job_id not in known:
+                continue
+            try:
+                # Each proves by itself what was told, so each must be signed by itself.
+                certificate.require_signer(greeting.domain, greeting.orchestrator)
+            except ShoalError as error:
+                lot_id = certificate.record.lot.lot_id
+                log_failure("certificate_not_signed", error, lot_id=lot_id)
+            else:
+                self._book.keep_certificate(certificate)
 
 
 class _Memory:
@@ -187,15 +202,3 @@ class _Memory:
             if len(self._digests) > _MAX_REMEMBERED:
                 self._digests.popitem(last=False)
             return True
-
-
-def _read(topic: str, payload: bytes) -> tuple[Signed[Any], int]:
-    """The signed record of a message, and when it was made."""
-    if topic == LOTS_TOPIC:
-        lots = SignedLots.decode(payload, max_bytes=MAX_ANNOUNCEMENT_BYTES)
-        return lots, lots.record.announced_at_ms
-    if topic == POLICIES_TOPIC:
-        policies = SignedPolicies.decode(payload, max_bytes=MAX_ANNOUNCEMENT_BYTES)
-        return policies, policies.record.announced_at_ms
-    certificate = SignedCertificate.decode(payload, max_bytes=MAX_ANNOUNCEMENT_BYTES)
-    return certificate, certificate.record.issued_at_ms

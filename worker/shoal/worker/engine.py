@@ -108,7 +108,8 @@ class PolicyEngine:
 
     def _load(self, task: AnyTask, inputs: TaskInput) -> tuple[Policy, Digest]:
         """The policy with the task's adapter in it, and the digest of what was loaded."""
-        loaded = digest_of([inputs.base_sha256, sha256_hex(inputs.adapter)])
+        adapter_sha256 = sha256_hex(inputs.adapter)
+        loaded = digest_of([inputs.base_sha256, adapter_sha256])
         if loaded != task.policy.policy_sha256():
             raise PeerFault(
                 f"The weights at hand hash to {loaded[:12]}… and policy version "
@@ -118,7 +119,6 @@ class PolicyEngine:
             )
         key = (inputs.base_sha256, digest_of(task.lora and task.lora.to_json()))
         policy, held = self._policies.get(key) or (self._open(task, inputs), "")
-        adapter_sha256 = sha256_hex(inputs.adapter)
         if held != adapter_sha256:
             # Forgotten first: a load that fails half-way must not leave a wrong name behind.
             self._policies.pop(key, None)

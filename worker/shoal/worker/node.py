@@ -409,6 +409,7 @@ class WorkerNode:
         self._require_orchestrator(peer)
         require_genuine(offer, self._parties())
         await self._wait_in_step()
+        self._executor.revoke(offer.revoked)
         refusal = self._take(offer)
         if refusal is not None:
             log_event("lease_refused", lease_id=lease.lease_id, reason=refusal)
