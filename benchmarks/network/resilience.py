@@ -34,6 +34,8 @@ _SLOWER_MS: Final = 400
 _LOSS_PCT: Final = 5.0
 _STEPS: Final = 24
 _QUICK_STEPS: Final = 12
+_OFFICE_STEPS: Final = 60
+"""Nothing can go on while the orchestrator is cut off: a job must last longer than that."""
 _ENV_CASES: Final = "SHOAL_RESILIENCE_CASES"
 """Names of cases, with commas, where not all are wanted."""
 
@@ -114,28 +116,31 @@ def findings(*, quick: bool) -> Iterator[Finding]:
         return
     from home_market import HomeMarket
 
-    steps = _QUICK_STEPS if quick else _STEPS
+    usual_steps = _QUICK_STEPS if quick else _STEPS
     wanted = os.environ.get(_ENV_CASES, ",".join(_CASES)).split(",")
     with tempfile.TemporaryDirectory() as folder, NetLab() as lab, asyncio.Runner() as runner:
         market = HomeMarket(lab, lab.host("office"), Path(folder))
         runner.run(_open(market))
         # Bases are fetched and everything is loaded by the first job, which is not counted.
         runner.run(_makespan_s(market, _nothing, steps=2))
-        before_s = runner.run(_makespan_s(market, _nothing, steps=steps))
+        clean_s: dict[int, float] = {}
         for name in wanted:
             what, fault = _CASES[name]
+            steps = _OFFICE_STEPS if name == "office" else usual_steps
+            if steps not in clean_s:
+                clean_s[steps] = runner.run(_makespan_s(market, _nothing, steps=steps))
+            before_s = clean_s[steps]
             makespan_s = runner.run(_makespan_s(market, fault, steps=steps))
-            after_s = runner.run(_makespan_s(market, _nothing, steps=steps))
+            clean_s[steps] = after_s = runner.run(_makespan_s(market, _nothing, steps=steps))
             # A shared machine is now slow and now quick: what stands beside it is compared.
             ratio = 2 * makespan_s / (before_s + after_s)
             yield Finding(
                 what=what,
-                measured=f"{ratio:.2f} x ({makespan_s:.1f} s; clean before {before_s:.1f}, "
-                f"after {after_s:.1f} s)",
+                measured=f"{ratio:.2f} x ({makespan_s:.1f} s for {steps} updates; clean before "
+                f"{before_s:.1f}, after {after_s:.1f} s)",
                 wanted="" if name in _FOR_INFORMATION else f"<= {_WANTED:g} x",
                 reached=None if name in _FOR_INFORMATION else ratio <= _WANTED,
             )
-            before_s = after_s
 
 
 async def _open(market: HomeMarket) -> None:
