@@ -68,14 +68,19 @@ def partial_of(folder: Path) -> PartialBlob:
     return PartialBlob(BlobStore(folder, 1 << 30), ref, digests, FINE_CHUNK_BYTES)
 
 
+def transfer_of(
+    blob: PartialBlob, opener: object, rules: FetchRules, listener: Listener
+) -> tuple[Transfer, Board]:
+    board = Board(blob.sizes, blob.missing(), None)
+    return Transfer(blob, board, cast(SourceOpener, opener), rules, listener, Meters()), board
+
+
 async def ask_one_holder(folder: Path, resumed: bool) -> None:
     holding = Holding()
     with partial_of(folder) as blob:
         if resumed:
             assert blob.accept(0, PARTS[0])
-        board = Board(blob.sizes, blob.missing(), None)
-        opener = cast(SourceOpener, holding)
-        transfer = Transfer(blob, board, opener, FetchRules(), Listener(), Meters())
+        transfer, board = transfer_of(blob, holding, FetchRules(), Listener())
         running = asyncio.ensure_future(transfer.run([Holder("one")]))
         await holding.until_asked(1)
         assert len(holding.asked) == (3 if resumed else 1)
@@ -109,9 +114,7 @@ def test_among_many_who_holds_all_is_asked_for_two(tmp_path: Path, resumed: bool
         with partial_of(tmp_path) as blob:
             if resumed:
                 assert blob.accept(0, PARTS[0])
-            board = Board(blob.sizes, blob.missing(), None)
-            opener = cast(SourceOpener, crowd)
-            transfer = Transfer(blob, board, opener, FetchRules(), Listener(), Meters())
+            transfer, _ = transfer_of(blob, crowd, FetchRules(), Listener())
             running = asyncio.ensure_future(transfer.run(holders))
             await asyncio.gather(*(one.until_asked(1) for one in crowd.sources.values()))
             asked = {name: len(one.asked) for name, one in crowd.sources.items()}
@@ -141,10 +144,8 @@ def test_the_first_question_does_not_wait_for_the_longest_pause(tmp_path: Path) 
             return []
 
         with partial_of(tmp_path) as blob:
-            board = Board(blob.sizes, blob.missing(), None)
             rules, listener = FetchRules(poll_s=3600.0), Listener(more_sources=more)
-            opener = cast(SourceOpener, Holding())
-            transfer = Transfer(blob, board, opener, rules, listener, Meters())
+            transfer, _ = transfer_of(blob, Holding(), rules, listener)
             running = asyncio.ensure_future(transfer.run([Holder("silent")]))
             async with asyncio.timeout(30):
                 await asked.wait()

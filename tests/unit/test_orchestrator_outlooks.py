@@ -29,6 +29,11 @@ class Lines:
         for _ in range(2):
             self.note_lag(slow, LAG_MS)
 
+    def lag_ms(self, peer: Peer) -> int:
+        """The lag the peer is known for now."""
+        now_ms = self.lab.time.now_ms()
+        return self.outlooks.pace.lag_ms(self.job, TaskKind.ROLLOUT, peer.node, now_ms=now_ms)
+
     def note_lag(self, peer: Peer, lag_ms: int) -> None:
         now_ms = self.lab.time.now_ms()
         self.outlooks.pace.note_lag(self.job, TaskKind.ROLLOUT, peer.node, lag_ms, now_ms=now_ms)
@@ -171,15 +176,12 @@ def test_without_that_rule_it_goes_to_whoever_is_idle(
 def test_lags_are_what_leases_last_beyond_their_computing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with lines(tmp_path) as both:
-            lag_ms = both.outlooks.pace.lag_ms
             await both.sale(2)
             offer, live = await taken(both.lab, both.quick)
             both.lab.time.advance(7_000)
             await both.quick.beat(offer, progress=1)
             conclude(both.lab, live)
-            now_ms = both.lab.time.now_ms()
-            seen = lag_ms(both.job, TaskKind.ROLLOUT, both.quick.node, now_ms=now_ms)
-            assert seen == 7_000 - 2 * UNIT_MS
+            assert both.lag_ms(both.quick) == 7_000 - 2 * UNIT_MS
 
     run(scenario)
 
@@ -191,11 +193,7 @@ def test_a_lease_that_is_outrun_counts_as_what_it_would_have_lasted(tmp_path: Pa
             _, live = await taken(both.lab, both.quick)
             both.lab.time.advance(7_000)
             both.outlooks.note_outrun(live)
-            now_ms = both.lab.time.now_ms()
-            lag_ms = both.outlooks.pace.lag_ms(
-                both.job, TaskKind.ROLLOUT, both.quick.node, now_ms=now_ms
-            )
             # Five seconds late, and taken to be late by as much again.
-            assert lag_ms == 5_000 + 5_000
+            assert both.lag_ms(both.quick) == 5_000 + 5_000
 
     run(scenario)
