@@ -149,6 +149,7 @@ class MemoryBlobs:
         self.held: dict[str, bytes] = {sha256_hex(data): data for data in held}
         self.tokens: dict[str, str] = {}
         self.fetched: list[str] = []
+        self.num_asked = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -160,6 +161,7 @@ class MemoryBlobs:
         timeout_s: float,
         on_bytes: Callable[[int], None] = lambda num_bytes: None,
     ) -> Path:
+        self.num_asked += 1
         await self.gate.wait()
         self.fetched.append(ref.sha256)
         if ref.sha256 not in self.held:

@@ -14,7 +14,17 @@ from shoal.client.demo import example_job
 from shoal.client.jobfile import load_job_file
 from shoal.protocol.job import JobState
 
-SETTINGS = ("max_steps=24", "eval.interval=12", "eval.num_examples=128")
+# Tasks of a second or two: one shorter than its own way over the slow line goes to the others.
+CAPACITY = {"rollout": 512, "gradient": 512}
+SETTINGS = (
+    "max_steps=8",
+    "batch_size=18432",
+    "rollouts_per_example=12",
+    "tasks.rollout=512",
+    "tasks.gradient=512",
+    "eval.interval=4",
+    "eval.num_examples=128",
+)
 SLOW_MS = 80
 CUT_S = 12.0
 pytestmark = pytest.mark.timeout(300)
@@ -31,11 +41,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HomeMarket
 
 async def _live_through(lab: NetLab, market: HomeMarket) -> Outcome:
     await market.open()
-    await market.add(lab.host("open"))
-    home = await market.add(lab.natted("home"))
+    await market.add(lab.host("open"), capacity=CAPACITY)
+    home = await market.add(lab.natted("home"), capacity=CAPACITY)
     far = lab.natted("far")
     far.delay(SLOW_MS)
-    await market.add(far)
+    await market.add(far, capacity=CAPACITY)
     await market.wait_connected()
     job_id = await market.submit(load_job_file(example_job(), SETTINGS))
     workers = market.workers.values()

@@ -58,6 +58,21 @@ def test_a_job_is_bid_for_once_its_base_is_here(
         drive(tmp_path, script)
 
 
+def test_the_files_of_a_base_come_together(tmp_path: Path) -> None:
+    async def script(world: World) -> None:
+        world.blobs.gate.clear()
+        materials = Materials(world.directory, world.blobs)
+        coming = asyncio.create_task(
+            materials.prepare_base(BASE, [], timeout_s=30, on_bytes=lambda num_bytes: None)
+        )
+        await asyncio.sleep(0.1)
+        assert world.blobs.num_asked == len(BASE.files) > 1
+        world.blobs.gate.set()
+        await coming
+
+    drive(tmp_path, script)
+
+
 def test_the_base_of_a_closed_job_is_fetched_no_further(tmp_path: Path) -> None:
     async def script(world: World) -> None:
         world.blobs.gate.clear()

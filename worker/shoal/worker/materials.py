@@ -7,20 +7,23 @@ import hashlib
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from shoal.models.base import require_allowed_files
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import PeerFault
 from shoal.protocol.ids import Digest
-from shoal.protocol.policy import BaseModelRef
+from shoal.protocol.policy import BaseModelRef, ModelFile
 from shoal.protocol.task import GradientTask
 from shoal.worker.ports import AnyTask, BlobPlane, TaskInput
 
+_T = TypeVar("_T")
 _MAX_CACHED_ADAPTER_BYTES: Final = 64 << 20
+_FILES_AT_ONCE: Final = 4
+"""A base has a dozen small files beside its weights."""
 
 
 class Materials:
@@ -47,15 +50,10 @@ class Materials:
             Expired: it took longer than ``timeout_s``.
         """
         folder = await self._base(task.base, sources, timeout_s)
-        # Together: over a long line each costs several round trips.
-        wanted = [asyncio.ensure_future(self._adapter(task.policy.adapter, sources, timeout_s))]
+        wanted = [self._adapter(task.policy.adapter, sources, timeout_s)]
         if isinstance(task, GradientTask):
-            wanted.append(asyncio.ensure_future(self._read(task.slice, sources, timeout_s)))
-        try:
-            adapter, *batch_slice = await asyncio.gather(*wanted)
-        finally:
-            for fetch in wanted:
-                fetch.cancel()
+            wanted.append(self._read(task.slice, sources, timeout_s))
+        adapter, *batch_slice = await _together(wanted)
         return TaskInput(
             base_folder=folder,
             base_sha256=task.base.content_digest(),
@@ -157,12 +155,31 @@ class Materials:
         draft = folder.with_name(f"{folder.name}.{os.getpid()}.new")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        for file in base.files:
-            path = await self._blobs.fetch(
-                file.blob, sources, timeout_s=timeout_s, on_bytes=on_bytes
-            )
-            await asyncio.to_thread(_place, path, draft / file.path)
+        at_once = asyncio.Semaphore(_FILES_AT_ONCE)
+
+        async def fetch(file: ModelFile) -> None:
+            async with at_once:
+                path = await self._blobs.fetch(
+                    file.blob, sources, timeout_s=timeout_s, on_bytes=on_bytes
+                )
+                await asyncio.to_thread(_place, path, draft / file.path)
+
+        await _together(fetch(file) for file in base.files)
         draft.rename(folder)
+
+
+async def _together(fetches: Iterable[Coroutine[None, None, _T]]) -> list[_T]:
+    """What all of them bring; over a long line each by itself costs several round trips.
+
+    When one fails, the others end with it.
+    """
+    tasks = [asyncio.ensure_future(fetch) for fetch in fetches]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _place(source: Path, target: Path) -> None:
