@@ -71,6 +71,31 @@ def test_who_is_outbid_hears_its_place(tmp_path: Path) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    ("lag_ms", "told_why"),
+    [(299, (IdleReason.OUTBID, None)), (301, (IdleReason.TOO_SLOW, (601, 300)))],
+)
+def test_who_would_be_late_hears_by_how_much(
+    tmp_path: Path, lag_ms: int, told_why: tuple[IdleReason, tuple[int, int] | None]
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            *_, last = await three(lab, capacity=3)
+            now_ms = lab.context.time.now_ms()
+            pace = lab.orchestrator.dispatcher.outlooks.pace
+            pace.note(job, ROLLOUT, last.node, 100)
+            pace.note_lag(job, ROLLOUT, last.node, lag_ms, now_ms=now_ms)
+            await lab.open_sale(job, num_units=6, parcel_units=3)
+            await sold(lab)
+            reason, detail = await told(last)
+            assert detail is not None
+            figures = None if detail.task_ms is None else (detail.task_ms, detail.usual_ms)
+            assert (reason, figures) == told_why
+
+    run(scenario)
+
+
 def test_who_is_too_dear_hears_both_prices(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:

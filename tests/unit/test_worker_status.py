@@ -104,6 +104,12 @@ ROLLOUT = TaskKind.ROLLOUT
             "outbid: 4. of 9 on the ladder for rollout at $0.0003",
         ),
         (IdleReason.OUTBID, None, "others stand before it"),
+        (
+            IdleReason.TOO_SLOW,
+            IdleDetail(kind=ROLLOUT, task_ms=3_100, usual_ms=1_000),
+            "done in about 3.1 s, its way over the line included, and takes others 1.0 s;",
+        ),
+        (IdleReason.TOO_SLOW, None, "mend a slow line"),
         (IdleReason.PAUSED, IdleDetail(wait_ms=75_000), "left out for another 1 min 15 s"),
         (IdleReason.PAUSED, None, "broken promises"),
         (

@@ -109,13 +109,16 @@ class Auctioneer:
         bids = () if market is None else market.of_node.get(node, ())
         if not bids:
             return IdleReason.STARTING
-        placements = [w.placement for w in self._open if w.placement is not None and w.undelivered]
+        placed = [(w, w.placement) for w in self._open if w.placement and w.undelivered]
+        within_reach = [w for w, placement in placed if node in placement.ladder.nodes]
+        if within_reach:
+            outlooks = self._dispatcher.outlooks
+            is_late = all(outlooks.is_slow(workload, node) for workload in within_reach)
+            return IdleReason.TOO_SLOW if is_late else IdleReason.OUTBID
         digests = {entry.digest for entry in bids}
-        if any(node in placement.ladder.nodes for placement in placements):
-            return IdleReason.OUTBID
         reasons = {
             placement.refused[digest]
-            for placement in placements
+            for _, placement in placed
             for digest in digests & placement.refused.keys()
         }
         for refusal, word in _IDLE_WORDS.items():
@@ -128,8 +131,15 @@ class Auctioneer:
         market = self._sealer.market
         bids = () if market is None else market.of_node.get(node, ())
         standing = [(entry.bid, entry.digest) for entry in bids]
-        nearness = Nearness(self._roster.find(node), standing, self._open, self._record)
-        return nearness.detail(reason, node)
+        nearness = Nearness(
+            node,
+            self._roster.find(node),
+            standing,
+            self._open,
+            self._record,
+            self._dispatcher.outlooks,
+        )
+        return nearness.detail(reason)
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind."""

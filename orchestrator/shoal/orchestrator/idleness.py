@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from shoal.market.clearing import Refusal
+from shoal.orchestrator.outlooks import Outlooks
 from shoal.orchestrator.placement import Placement
 from shoal.orchestrator.roster import Member
 from shoal.orchestrator.track_record import TrackRecord
@@ -20,21 +21,27 @@ class Nearness:
     """How near one worker is to the open work.
 
     Args:
+        node: The worker's node.
         member: The worker; absent when it has not joined since the process started.
         standing: Its bids in the present book.
         workloads: What is open.
         record: Stake and pauses.
+        outlooks: How soon it would hand in.
     """
 
     def __init__(
         self,
+        node: str,
         member: Member | None,
         standing: Sequence[Standing],
         workloads: Iterable[Workload],
         record: TrackRecord,
+        outlooks: Outlooks,
     ) -> None:
+        self._node = node
         self._member = member
         self._record = record
+        self._outlooks = outlooks
         self._pairs = [
             (bid, digest, workload, workload.placement)
             for workload in workloads
@@ -43,13 +50,15 @@ class Nearness:
             if bid.kind is workload.kind and bid.job_id in (workload.lot.job_id, ANY_JOB)
         ]
 
-    def detail(self, reason: IdleReason, node: str) -> IdleDetail | None:
+    def detail(self, reason: IdleReason) -> IdleDetail | None:
         """The figures that explain ``reason``; None where it has none."""
         match reason:
             case IdleReason.PAUSED:
-                return IdleDetail(wait_ms=self._record.out_for_ms(node))
+                return IdleDetail(wait_ms=self._record.out_for_ms(self._node))
             case IdleReason.OUTBID:
-                return self._outbid(node)
+                return self._outbid()
+            case IdleReason.TOO_SLOW:
+                return self._too_slow()
             case IdleReason.ABOVE_RESERVE:
                 return self._too_dear()
             case IdleReason.TASK_TOO_LARGE:
@@ -59,11 +68,11 @@ class Nearness:
             case _:
                 return None
 
-    def _outbid(self, node: str) -> IdleDetail | None:
+    def _outbid(self) -> IdleDetail | None:
         places = [
             (place, len(placement.ladder), bid)
             for bid, _, _, placement in self._pairs
-            if (place := placement.ladder.place_of(node)) is not None
+            if (place := placement.ladder.place_of(self._node)) is not None
         ]
         if not places:
             return None
@@ -74,6 +83,17 @@ class Nearness:
             places=max(count, place + 1),
             price_micros=bid.price_micros,
         )
+
+    def _too_slow(self) -> IdleDetail | None:
+        times = [
+            (*self._outlooks.times_ms(workload, self._node), bid)
+            for bid, _, workload, placement in self._pairs
+            if self._node in placement.ladder.nodes
+        ]
+        if not times:
+            return None
+        task_ms, usual_ms, bid = min(times, key=lambda found: found[0] - found[1])
+        return IdleDetail(kind=bid.kind, task_ms=task_ms, usual_ms=usual_ms)
 
     def _too_dear(self) -> IdleDetail | None:
         limits = [

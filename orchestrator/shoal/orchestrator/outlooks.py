@@ -60,6 +60,16 @@ class Outlooks:
         usual_ms = self._usual_ms(workload, parcel)
         return usual_ms is None or self._finish_ms(workload, parcel, node) <= 2 * usual_ms
 
+    def is_slow(self, workload: Workload, node: str) -> bool:
+        """Whether the node is not as quick as usual even for the lot's largest parcel left."""
+        parcel = max(workload.undelivered, key=len, default=())
+        return bool(parcel) and not self.is_usual(workload, parcel, node)
+
+    def times_ms(self, workload: Workload, node: str) -> tuple[int, int]:
+        """What the node takes for the lot's largest parcel left, and what one takes to compute."""
+        parcel = max(workload.undelivered, key=len, default=())
+        return self._finish_ms(workload, parcel, node), self._usual_ms(workload, parcel) or 0
+
     def in_time(
         self, workload: Workload, parcel: Parcel, ready: Sequence[str], able: Sequence[str]
     ) -> Sequence[str]:

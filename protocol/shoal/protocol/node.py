@@ -277,6 +277,7 @@ class IdleReason(StrEnum):
     NO_JOBS = "no_jobs"
     ABOVE_RESERVE = "above_reserve"
     OUTBID = "outbid"
+    TOO_SLOW = "too_slow"
     TASK_TOO_LARGE = "task_too_large"
     STAKE_TOO_SMALL = "stake_too_small"
     NO_WORK = "no_work"
@@ -302,6 +303,8 @@ class IdleDetail(Record):
         place: This worker's place on the ladder, from 1.
         places: How many stand on it.
         wait_ms: How long until the worker is let in again.
+        task_ms: How long this worker is expected to take for that task, its bytes' way included.
+        usual_ms: How long such a task takes to compute, by everybody's pace.
     """
 
     kind: TaskKind | None = None
@@ -314,6 +317,8 @@ class IdleDetail(Record):
     place: int | None = Field(default=None, ge=1, le=MAX_UNITS)
     places: int | None = Field(default=None, ge=1, le=MAX_UNITS)
     wait_ms: int | None = Field(default=None, ge=0, le=MAX_INT)
+    task_ms: int | None = Field(default=None, ge=0, le=MAX_INT)
+    usual_ms: int | None = Field(default=None, ge=0, le=MAX_INT)
 
 
 class Heartbeat(Record):

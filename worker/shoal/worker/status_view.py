@@ -147,6 +147,14 @@ def _idle_words(status: WorkerStatus) -> str:
             )
         case IdleReason.OUTBID:
             return "others stand before it on the ladder; lower price.* or wait"
+        case IdleReason.TOO_SLOW if detail and detail.task_ms is not None:
+            return (
+                f"too slow for the open work: a {detail.kind} task would be done in about "
+                f"{_seconds(detail.task_ms)}, its way over the line included, and takes others "
+                f"{_seconds(detail.usual_ms or 0)}; mend a slow line, or wait for longer tasks"
+            )
+        case IdleReason.TOO_SLOW:
+            return "others would be done well before it; mend a slow line, or wait for longer tasks"
         case IdleReason.PAUSED if detail and detail.wait_ms is not None:
             return (
                 f"left out for another {_span(detail.wait_ms)} after broken promises; look at "
@@ -232,6 +240,11 @@ def _last(status: WorkerStatus) -> str:
 
 def _moment(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1_000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _seconds(ms: int) -> str:
+    """``ms`` with a tenth of a second, or as `_span` where that is nothing beside it."""
+    return f"{ms / 1_000:.1f} s" if ms < 60_000 else _span(ms)
 
 
 def _span(ms: int) -> str:
