@@ -13,7 +13,7 @@ from shoal.market.lease import LeaseState
 from shoal.orchestrator.evaluations import Evaluations
 from shoal.orchestrator.health import JobHealth
 from shoal.orchestrator.store.tables import LeaseRow, LotRow
-from shoal.orchestrator.views import _wrong_now
+from shoal.orchestrator.views import wrong_now
 from shoal.protocol.ids import new_id
 from shoal.protocol.job import EnvSpec
 from shoal.protocol.market import TaskKind
@@ -128,6 +128,10 @@ async def told(lab: Lab, job_id: str) -> list[dict[str, Any]]:
     return [event.data for event in events if event.type == "health"]
 
 
+async def wrong(lab: Lab, job_id: str) -> list[dict[str, Any]]:
+    return await lab.context.database.run(lambda session: wrong_now(session, job_id))
+
+
 def test_a_diagnosis_is_an_event_when_it_begins_and_when_it_ends(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
@@ -137,13 +141,27 @@ def test_a_diagnosis_is_an_event_when_it_begins_and_when_it_ends(tmp_path: Path)
                 cut = 0.9 if step <= WINDOW else 0.0
                 await health.see({"step": float(step), "completions/clipped_ratio": cut})
                 if step == WINDOW:
-                    (wrong,) = _wrong_now(await told(lab, job_id))
-                    assert wrong["code"] == HealthCode.COMPLETIONS_TRUNCATED
-                    assert wrong["policy_version"] == WINDOW
+                    (begun,) = await wrong(lab, job_id)
+                    assert begun["code"] == HealthCode.COMPLETIONS_TRUNCATED
+                    assert begun["policy_version"] == WINDOW
             changes = await told(lab, job_id)
             assert [change["active"] for change in changes] == [True, False]
             assert "raise sampling.max_tokens" in changes[0]["remedy"]
-            assert _wrong_now(changes) == []
+            assert await wrong(lab, job_id) == []
+
+    run(scenario)
+
+
+def test_what_was_wrong_before_a_restart_is_not_known_to_be_wrong_after_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job_id = await lab.add_job()
+            journal, seen = lab.orchestrator.journal, []
+            for event in ("health", "job_resumed", "health"):
+                facts = {"code": "no_spread", "active": True} if event == "health" else {}
+                await journal.event(job_id, event, facts)
+                seen.append(len(await wrong(lab, job_id)))
+            assert seen == [1, 0, 1]
 
     run(scenario)
 

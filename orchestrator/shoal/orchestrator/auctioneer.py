@@ -159,6 +159,11 @@ class Auctioneer:
             highest[key] = max(highest.get(key, 0), workload.reserve.reserve_micros)
         return highest
 
+    def waiting(self) -> list[Workload]:
+        """The lots of which something waits to be leased, the most urgent first."""
+        waiting = [w for w in self._open if w.waiting and not w.closed]
+        return sorted(waiting, key=Workload.order)
+
     async def open(self, workload: Workload) -> None:
         """Offers the workload's units to the market."""
         row = LotRow(

@@ -91,6 +91,10 @@ class Jobs:
         run = self._running.get(job_id)
         return 0 if run is None or run.policy is None else run.policy.version
 
+    def running_version(self, job_id: str) -> int | None:
+        """The same; None before the job's start and after its end."""
+        return self.policy_version(job_id) if job_id in self._running else None
+
     def open_jobs(self) -> list[OpenJob]:
         """The jobs that accept bids."""
         # What failed on the market may cost more than a lot that is just opened.

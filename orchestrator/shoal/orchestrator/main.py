@@ -50,6 +50,7 @@ from shoal.orchestrator.roster import Roster, own_binding
 from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.standstill import Standstills
 from shoal.orchestrator.store.database import Database
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.verifier import Verifier
@@ -108,6 +109,9 @@ class Orchestrator:
         self.verifier = Verifier(
             context, self.journal, self.settler, self.dispatcher, self.record, self.jobs
         )
+        self.standstills = Standstills(
+            context, self.journal, self.sealer, self.auctioneer, self.dispatcher, self.jobs
+        )
         self.intake = Intake(context, self.journal, self.jobs.start)
         self.front_desk = FrontDesk(
             self.roster, self.auctioneer, self.sealer, self.dispatcher, self.jobs.open_jobs
@@ -164,6 +168,7 @@ class Orchestrator:
             await self.dispatcher.reap()
             # Capacity also returns by the clock alone: suspensions end, bids lapse.
             self.auctioneer.poke()
+            await self.standstills.look()
 
     async def _watch_stakes(self) -> None:
         while True:

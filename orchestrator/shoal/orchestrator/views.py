@@ -94,7 +94,7 @@ class Views:
             "committed_micros": epochs[-1].cumulative_micros if epochs else 0,
             "failures": _failures(session, job_id),
             "evaluations": _events(session, job_id, "evaluation"),
-            "health": _wrong_now(_events(session, job_id, "health")),
+            "health": wrong_now(session, job_id),
             "reward_recent": updates[-1]["reward"] if updates else None,
             "eta_s": _eta_s(row, view["max_steps"], updates),
             "epochs": [_epoch(epoch) for epoch in epochs],
@@ -223,20 +223,30 @@ def _summary(row: JobRow) -> dict[str, Any]:
 
 
 def _events(
-    session: Session, job_id: str, type_: str, *, newest: int | None = None
+    session: Session, job_id: str, type_: str, *, newest: int | None = None, after: int = 0
 ) -> list[dict[str, Any]]:
-    """The job's events of the type, or the ``newest`` so many of them, the oldest first."""
+    """The job's events of the type above the number ``after``, or the ``newest`` so many.
+
+    The oldest is the first.
+    """
     rows = session.scalars(
         select(EventRow.data)
-        .where(EventRow.job_id == job_id, EventRow.type == type_)
+        .where(EventRow.job_id == job_id, EventRow.type == type_, EventRow.seq > after)
         .order_by(EventRow.seq.desc())
         .limit(newest)
     ).all()
     return [json.loads(row) for row in reversed(rows)]
 
 
-def _wrong_now(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The diagnoses that began and have not ended."""
+def wrong_now(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """The diagnoses that began since the job last went on, and have not ended.
+
+    Who stopped could not tell what ended meanwhile; what still holds is found again.
+    """
+    resumed = select(func.max(EventRow.seq)).where(
+        EventRow.job_id == job_id, EventRow.type == "job_resumed"
+    )
+    changes = _events(session, job_id, "health", after=session.scalar(resumed) or 0)
     last = {change["code"]: change for change in changes}
     return [change for change in last.values() if change["active"]]
 
