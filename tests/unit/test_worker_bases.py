@@ -65,7 +65,8 @@ def test_the_files_of_a_base_come_together(tmp_path: Path) -> None:
         coming = asyncio.create_task(
             materials.prepare_base(BASE, [], timeout_s=30, on_bytes=lambda num_bytes: None)
         )
-        await asyncio.sleep(0.1)
+        for _ in range(20):
+            await asyncio.sleep(0)
         assert world.blobs.num_asked == len(BASE.files) > 1
         world.blobs.gate.set()
         await coming
