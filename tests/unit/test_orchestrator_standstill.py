@@ -49,7 +49,12 @@ async def sold(
 @pytest.mark.parametrize(
     ("bid", "lot", "cause", "words"),
     [
-        (None, {}, "no_bids", ("no worker bids for its rollout tasks", "$0.001 for a unit")),
+        (
+            None,
+            {},
+            "no_bids",
+            ("no worker bids for its rollout tasks", "$0.001 for a unit", "fetch its base"),
+        ),
         (
             {"capacity": 128},
             {"num_units": 1_024, "parcel_units": 512},

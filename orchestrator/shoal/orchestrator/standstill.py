@@ -130,9 +130,9 @@ class Standstills:
                 return _Cause(
                     word="no_bids",
                     finding=f"no worker bids for its {kind} tasks",
-                    remedy="wait for workers; they bid only where the most it pays, "
-                    f"${format_dollars(workload.reserve.reserve_micros)} for a unit, is above "
-                    "their floor",
+                    remedy="wait: workers fetch its base before they bid, and bid only where the "
+                    f"most it pays, ${format_dollars(workload.reserve.reserve_micros)} for a "
+                    "unit, is above their floor",
                 )
             case Refusal.TASK_TOO_LARGE:
                 return self._too_large(workload, refused)
