@@ -21,6 +21,8 @@ _LAGS = 3
 """The median of so many is moved by two in a row, not by one odd lease."""
 _LAG_MEMORY = 20
 """A lag counts for so many times its length: to look again, a lease in twenty may be late."""
+_LONGEST_LAG_MEMORY_MS = 10_000
+"""And no longer: a look costs what a second try takes, not the lag, which may have been a start."""
 
 _SCALE = 10**12
 
@@ -112,13 +114,14 @@ class Pace:
         """The node's usual lag; nothing where none is known, or not of late.
 
         A node that is given no work for its lag shows no other, so a lag is believed for
-        twenty times its length only, and then seen anew.
+        twenty times its length only, at most ten seconds, and then seen anew.
         """
         seen = self._lags.get((job_id, kind), {}).get(node, ())
         if not seen:
             return 0
         usual_ms = sorted(lag_ms for _, lag_ms in seen)[(len(seen) - 1) // 2]
-        return usual_ms if now_ms - seen[-1][0] <= _LAG_MEMORY * usual_ms else 0
+        memory_ms = min(_LAG_MEMORY * usual_ms, _LONGEST_LAG_MEMORY_MS)
+        return usual_ms if now_ms - seen[-1][0] <= memory_ms else 0
 
     def forget(self, job_id: str) -> None:
         """The job is over."""
