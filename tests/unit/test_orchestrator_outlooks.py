@@ -149,7 +149,11 @@ def test_a_second_try_goes_to_nobody_who_would_be_later_still(tmp_path: Path) ->
         async with lines(tmp_path) as both:
             await both.sale(2)
             offer, live = await taken(both.lab, both.quick)
-            await both.pass_s(13, offer)
+            await both.pass_s(7, offer)
+            assert both.slow.offers.empty()
+            # Seen anew, elsewhere: a lag is not believed for so long.
+            both.note_lag(both.slow, LAG_MS)
+            await both.pass_s(6, offer)
             assert both.slow.offers.empty()
             # Now it may take as long again, and the slow line is the shorter way.
             await both.pass_s(4, offer)
