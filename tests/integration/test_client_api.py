@@ -262,6 +262,30 @@ def test_a_paused_job_is_not_followed_for_ever() -> None:
     with_server(routes, use)
 
 
+def test_the_end_of_a_job_is_waited_for_at_the_orchestrator_and_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api, "POLL_INTERVAL_S", 0.01)
+    waits_s: list[float] = []
+
+    async def state(request: web.Request) -> web.StreamResponse:
+        waits_s.append(float(request.query["wait_s"]))
+        name = "complete" if len(waits_s) == 3 else "running"
+        return web.json_response({"job_id": JOB_ID, "state": name, "reason": ""})
+
+    async def use(client: ShoalClient, url: str) -> None:
+        assert (await client.wait(JOB_ID, timeout_s=20)).state.value == "complete"
+        # Longer than the pause between two questions, and not so long that a request gives up.
+        assert len(waits_s) == 3
+        assert {1 < wait_s < api.REQUEST_TIMEOUT_S for wait_s in waits_s} == {True}
+
+    routes = {
+        f"/v1/market/jobs/{JOB_ID}": answers(job(state="complete")),
+        f"/v1/market/jobs/{JOB_ID}/state": state,
+    }
+    with_server(routes, use)
+
+
 @pytest.mark.parametrize("content", [b"other" + WEIGHTS[5:], WEIGHTS[:-1], WEIGHTS + b"x"])
 def test_a_model_with_other_bytes_is_deleted(tmp_path: Path, content: bytes) -> None:
     async def use(client: ShoalClient, url: str) -> None:

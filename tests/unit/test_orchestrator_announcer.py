@@ -69,6 +69,25 @@ def test_a_burst_of_lots_is_a_few_messages_and_the_oldest_give_way(tmp_path: Pat
     run(scenario)
 
 
+def test_jobs_about_to_begin_are_told_even_before_they_have_a_lot(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
+            lab.start(announcer.run())
+            announcer.job(f"0x{1:064x}")
+            record = SignedLots.decode(await arrival(heard)).record
+            assert (record.lots, record.jobs) == ((), (f"0x{1:064x}",))
+            for number in range(2 * MAX_LOTS):
+                announcer.job(f"0x{number:064x}")
+            await announcer.flush()
+            await announcer.flush()
+            for _ in range(2):
+                assert len(SignedLots.decode(await arrival(heard)).record.jobs) == MAX_LOTS
+            assert heard.empty()
+
+    run(scenario)
+
+
 def test_of_a_jobs_versions_the_newest_is_told_with_where_it_is(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:

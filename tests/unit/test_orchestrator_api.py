@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from learning_fixtures import write_base
 from orchestrator_chain import ADDRESSES
-from orchestrator_lab import DOMAIN, Lab, open_lab, run
+from orchestrator_lab import DOMAIN, Lab, open_lab, run, until
 
 from shoal.orchestrator import api as api_module
 from shoal.protocol.errors import (
@@ -29,7 +29,7 @@ from shoal.protocol.errors import (
     Unauthorised,
     Unavailable,
 )
-from shoal.protocol.job import JobCommand, JobCommandKind
+from shoal.protocol.job import JobCommand, JobCommandKind, JobState
 from shoal.protocol.record import MAX_RECORD_BYTES
 from shoal.protocol.signing import sign
 
@@ -211,7 +211,7 @@ def test_a_stream_tells_everything_up_to_the_end_and_then_ends(
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             job = await lab.add_job()
-            journal, jobs = lab.orchestrator.journal, lab.orchestrator.jobs
+            journal = lab.orchestrator.journal
             await journal.event(job, "first", {})
             heard: list[str] = []
             idle = asyncio.Event()
@@ -224,9 +224,7 @@ def test_a_stream_tells_everything_up_to_the_end_and_then_ends(
 
             listener = asyncio.create_task(listen())
             await idle.wait()
-            from shoal.protocol.job import JobState
-
-            await jobs._finish(job, JobState.FAILED, "why")
+            await journal.finish(job, JobState.FAILED, "why")
             await listener
             told = [part for part in heard if not part.startswith(":")]
             assert [part.split("\n")[1] for part in told] == ["event: first", "event: job_failed"]
@@ -245,5 +243,82 @@ def test_info_tells_a_worker_and_a_client_where_everything_is(tmp_path: Path) ->
             assert info["orchestrator"] == lab.context.account.address
             assert info["domain"] == lab.context.domain.to_json()
             assert (await client.get("/health")).json()["status"] == "ok"
+
+    run(scenario)
+
+
+async def waiting(lab: Lab, job: str) -> None:
+    """Somebody waits for the end of the job."""
+    await until(lambda: job in lab.orchestrator.journal._ended)
+
+
+def test_who_waits_for_a_jobs_end_hears_of_it_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as (lab, client):
+            job = await lab.add_job()
+            path = f"{JOBS}/{job}/state?wait_s=1e9"
+            answers = [asyncio.create_task(client.get(path)) for _ in range(2)]
+            await waiting(lab, job)
+            await lab.orchestrator.journal.event(job, "no end", {})
+            assert not any(answer.done() for answer in answers)
+            await lab.orchestrator.journal.finish(job, JobState.FAILED, "why")
+            for answer in answers:
+                said = (await answer).json()
+                assert (said["state"], said["reason"]) == ("failed", "why")
+            # Of one that has ended nobody waits, and nothing is remembered.
+            assert (await client.get(path)).json()["state"] == "failed"
+            assert job not in lab.orchestrator.journal._ended
+
+    run(scenario)
+
+
+def test_an_end_that_comes_while_it_is_asked_for_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as (lab, client):
+            job = await lab.add_job()
+            require = lab.orchestrator.intake.require
+
+            async def overtaken(job_id: str) -> Any:
+                row = await require(job_id)
+                if row.state == JobState.RUNNING.value:
+                    await lab.orchestrator.journal.finish(job_id, JobState.COMPLETE, "")
+                return row
+
+            monkeypatch.setattr(lab.orchestrator.intake, "require", overtaken)
+            async with asyncio.timeout(api_module._HEARTBEAT_S / 2):
+                answer = await client.get(f"{JOBS}/{job}/state?wait_s=1e9")
+            assert answer.json()["state"] == "complete"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ends", ["by itself", "with the process", "never was"])
+def test_nobody_is_kept_waiting_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    if ends == "by itself":
+        monkeypatch.setattr(api_module, "_HEARTBEAT_S", 0.01)
+
+    async def scenario() -> None:
+        async with serving(tmp_path) as (lab, client):
+            job = await lab.add_job()
+            wait_s = "nan" if ends == "never was" else "inf"
+            answer = asyncio.create_task(client.get(f"{JOBS}/{job}/state?wait_s={wait_s}"))
+            if ends == "with the process":
+                await waiting(lab, job)
+                lab.orchestrator.journal.dismiss()
+            assert (await answer).json()["state"] == "running"
+
+    run(scenario)
+
+
+def test_waiting_for_a_job_nobody_knows_remembers_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as (lab, client):
+            answer = await client.get(f"{JOBS}/{NOBODY}/state?wait_s=10")
+            assert (answer.status_code, answer.json()["code"]) == (404, "no_job")
+            assert not lab.orchestrator.journal._ended
 
     run(scenario)

@@ -12,7 +12,7 @@ from orchestrator_chain import FUNDED_MICROS
 from orchestrator_lab import DOMAIN, Lab, open_lab, run
 from sqlalchemy import select
 
-from shoal.orchestrator.intake import Intake
+from shoal.orchestrator.intake import Intake, pause_s
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, Unauthorised
 from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, Job, JobState, TaskSizes
@@ -297,3 +297,16 @@ def test_a_job_nobody_submitted_is_not_found(tmp_path: Path) -> None:
             assert caught.value.code == "no_job"
 
     run(scenario)
+
+
+def test_an_escrow_is_looked_for_the_less_often_the_longer_it_is_missing() -> None:
+    def pauses(*ages_s: float) -> float:
+        now_ms = 1_000_000
+        return pause_s([JobRow(created_ms=now_ms - int(1000 * age_s)) for age_s in ages_s], now_ms)
+
+    assert pauses() == pauses(0) == pauses(0.1) == 0.03
+    assert pauses(1) == pytest.approx(0.1)
+    assert pauses(4) == pytest.approx(0.4)
+    assert pauses(5) == pauses(3600) == 0.5
+    # One that has just come does not wait for those whose requesters take their time.
+    assert pauses(3600, 0) == pauses(0)

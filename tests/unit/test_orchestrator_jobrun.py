@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,11 @@ from orchestrator_lab import TIMEOUT_S, open_lab, run, until
 from shoal.orchestrator import jobrun
 from shoal.orchestrator.batches import Batch, Scored
 from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.versions import VersionRecords
+from shoal.orchestrator.workload import Delivery, Workload
+from shoal.protocol.errors import Unavailable
 from shoal.protocol.market import TaskKind
+from shoal.provenance.statement import UpdatePredicate
 from shoal.rl.gradient import Group
 
 
@@ -68,3 +74,88 @@ def test_rollouts_are_offered_once_a_worker_has_the_gradient_or_after_a_moment(
             assert (await ended(lab, job)).state == "complete"
 
     run(scenario)
+
+
+async def published(job_run: JobRun, write: Callable[[Callable[[], Path]], Path]) -> Workload:
+    """The job's first update is published; work under it, whose task is not made yet.
+
+    ``write`` is given what writes the version's checkpoint.
+    """
+    learner = job_run.learner
+    policy = learner.publish(1, job_run._context.blobs)
+    checkpoint = learner.checkpoint(1)
+    facts = UpdatePredicate(
+        job_id=job_run.job_id,
+        batch=0,
+        parent=job_run._current(),
+        policy=policy,
+        rollouts=(),
+        gradients=(),
+        num_tokens=0,
+        optimizer_sha256="a" * 64,
+    )
+    await job_run._publish(policy, facts, {"reward": 0.0}, lambda: write(checkpoint))
+
+    async def deliver(_: Delivery) -> None:
+        """Nothing is."""
+
+    return job_run._planner.evaluation(policy, job_run._planner.held_out(), deliver)
+
+
+async def play_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: Callable[[JobRun], Awaitable[None]]
+) -> None:
+    """``play`` has the run of a job that stands at its first version."""
+
+    async def played(job_run: JobRun) -> str:
+        await play(job_run)
+        return ""
+
+    async with open_lab(tmp_path, allow_local_models=True) as lab:
+        monkeypatch.setattr(JobRun, "run", played)
+        job = await submitted(lab, str(write_base(tmp_path / "base")), max_steps=5)
+        await lab.orchestrator.jobs.start(job)
+        assert (await ended(lab, job)).state == "complete"
+
+
+def test_no_task_is_made_under_a_version_that_a_kill_would_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(job_run: JobRun) -> None:
+        goes_on = threading.Event()
+
+        def write(checkpoint: Callable[[], Path]) -> Path:
+            goes_on.wait(TIMEOUT_S)
+            return checkpoint()
+
+        workload = await published(job_run, write)
+        assert workload.lot.lot_class.policy_sha256 == job_run._current().policy_sha256()
+        making = asyncio.ensure_future(workload.build_task(workload.waiting[0]))
+        await asyncio.wait((making,), timeout=0.05)
+        assert not making.done()
+        goes_on.set()
+        async with asyncio.timeout(TIMEOUT_S):
+            assert (await making).policy.version == 1
+        assert job_run.learner.resume(1, job_run._context.blobs)[-1].version == 1
+        records = VersionRecords(job_run._context, job_run._journal, job_run.job_id)
+        assert await records.newest() == 1
+        await job_run._tidied()
+
+    run(lambda: play_job(tmp_path, monkeypatch, play))
+
+
+def test_a_job_whose_version_cannot_be_kept_stops_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(job_run: JobRun) -> None:
+        def write(_: Callable[[], Path]) -> Path:
+            raise OSError("the disk is gone")
+
+        workload = await published(job_run, write)
+        with pytest.raises(Unavailable, match="could not be kept"):
+            await workload.build_task(workload.waiting[0])
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(OSError, match="the disk is gone"):
+                await job_run._unless_halted(asyncio.Event().wait())
+
+    run(lambda: play_job(tmp_path, monkeypatch, play))

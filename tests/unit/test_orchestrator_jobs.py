@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from deliveries import made_up_delivery
 from learning_fixtures import write_base
 from orchestrator_chain import MemoryChain
 from orchestrator_jobs import ended, submitted
-from orchestrator_lab import DOMAIN, Sale, open_lab, run
+from orchestrator_lab import DOMAIN, TIMEOUT_S, Sale, open_lab, run
 
 from shoal.network.identity import NodeIdentity
 from shoal.orchestrator import jobs
 from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import (
@@ -29,7 +31,8 @@ from shoal.protocol.errors import (
     Unauthorised,
 )
 from shoal.protocol.job import JobCommand, JobCommandKind, TaskSizes
-from shoal.protocol.policy import PolicyVersion
+from shoal.protocol.node import OpenJob
+from shoal.protocol.policy import BaseModelRef, PolicyVersion
 from shoal.protocol.signing import sign
 from shoal.provenance.bundle import read_bundle
 from shoal.provenance.verifier import verify_bundle
@@ -105,6 +108,50 @@ def test_every_end_is_orderly(
             folder = lab.orchestrator.jobs.run_dir(job) / "adapter"
             report = verify_bundle(bundle, folder)
             assert report.passed, report.text()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_workers_hear_of_a_job_while_its_policy_is_being_loaded(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, loads: bool
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            open_jobs = lab.orchestrator.jobs.open_jobs
+            announced: list[str] = []
+            begun, may_end = asyncio.Event(), threading.Event()
+            loop = asyncio.get_running_loop()
+
+            def slowly(*arguments: Any) -> Learner:
+                loop.call_soon_threadsafe(begun.set)
+                may_end.wait(TIMEOUT_S)
+                if not loads:
+                    raise InvalidRequest("The model does not load.")
+                return Learner(*arguments)
+
+            listed: list[OpenJob] = []
+
+            async def play(job_run: JobRun) -> None:
+                await job_run._state_environments()
+                listed.extend(open_jobs())
+
+            plays(monkeypatch, play)
+            monkeypatch.setattr("shoal.orchestrator.jobs.Learner", slowly)
+            monkeypatch.setattr(lab.orchestrator.auctioneer.announcer, "job", announced.append)
+            job = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job)
+            await begun.wait()
+            early = open_jobs()
+            assert ([open_job.job_id for open_job in early], announced) == ([job], [job])
+            # Its base can be fetched, by a description that is there.
+            described = BaseModelRef.decode(lab.context.blobs.read(early[0].base.sha256))
+            assert all(lab.context.blobs.has(file.blob.sha256) for file in described.files)
+            may_end.set()
+            row = await ended(lab, job)
+            # What workers prepare for is what they find.
+            assert listed == (early if loads else [])
+            assert (row.state, open_jobs()) == ("complete" if loads else "failed", [])
 
     run(scenario)
 

@@ -466,6 +466,36 @@ def test_epochs_turn_when_bids_come_and_bids_together_make_one_epoch(tmp_path: P
     run(scenario)
 
 
+def test_bids_are_waited_for_while_they_keep_coming_and_not_longer_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.orchestrator.sealer._GATHER_S", 0)
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            sealer = lab.orchestrator.sealer
+
+            def bids_come() -> asyncio.Task[None]:
+                sealer._changed.set()
+                return asyncio.create_task(sealer._gather())
+
+            monkeypatch.setattr("shoal.orchestrator.sealer._LONGEST_GATHER_S", 60)
+            gathering = bids_come()
+            for _ in range(10):
+                sealer._changed.set()
+                await asyncio.sleep(0)
+                assert not gathering.done()
+            await gathering
+            # The control: with one who never stops bidding the epoch turns all the same.
+            monkeypatch.setattr("shoal.orchestrator.sealer._LONGEST_GATHER_S", 0.01)
+            gathering = bids_come()
+            while not gathering.done():
+                sealer._changed.set()
+                await asyncio.sleep(0)
+
+    run(scenario)
+
+
 def test_certificates_replay_from_what_the_database_holds(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:

@@ -281,6 +281,20 @@ def test_a_lot_of_an_unknown_job_asks_for_its_terms_and_one_of_a_known_job_does_
     run(tmp_path, check)
 
 
+def test_a_job_that_is_about_to_open_its_first_lot_is_asked_for_already(tmp_path: Path) -> None:
+    def jobs(*job_ids: str) -> bytes:
+        record = LotAnnouncement(lots=(), jobs=job_ids, announced_at_ms=NOW_MS)
+        return sign(record, DOMAIN, HOME).encode()
+
+    async def check(made: Ear) -> None:
+        await made.say(LOTS_TOPIC, jobs(JOB_ID))
+        assert made.new_jobs == 0
+        await made.say(LOTS_TOPIC, jobs(JOB_ID, OTHER_JOB))
+        assert made.new_jobs == 1
+
+    run(tmp_path, check)
+
+
 def test_a_policy_version_of_a_served_job_is_fetched_ahead(tmp_path: Path) -> None:
     async def check(made: Ear) -> None:
         source = "http://blobs.invalid"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from shoal.market.reserve import reserve_for
 from shoal.network.identity import NodeIdentity
 from shoal.network.memory import MemoryHub, MemoryNetwork
 from shoal.protocol.clock import ManualTime
-from shoal.protocol.errors import InvalidRequest, PeerFault, Unauthorised
+from shoal.protocol.errors import InvalidRequest, PeerFault, Unauthorised, Unavailable
 from shoal.protocol.market import Bid, TaskKind
 from shoal.protocol.merkle import unhex
 from shoal.protocol.node import REVEAL_PROTOCOL
@@ -213,42 +215,79 @@ def certificate_over(trade: Trade, *reveals: BidReveal) -> Signed[Any]:
     return sign(certificate, DOMAIN, trade.double.account)
 
 
+@asynccontextmanager
+async def bidding(
+    folder: Path, way: type[Link] = Link
+) -> AsyncIterator[tuple[Bidder, OrchestratorDouble, Parties]]:
+    """A bidder that has dialled an orchestrator's double."""
+    trade = Trade(folder / "evidence")
+    hub, orchestrator = MemoryHub(), NodeIdentity(b"o" * 32)
+    double = OrchestratorDouble(MemoryNetwork(hub, orchestrator), orchestrator)
+    network = MemoryNetwork(hub, trade.credentials.identity, listens=False)
+    await double.network.start()
+    await network.start()
+    link = way(network)
+    await link.dial(double.network.addresses[0])
+    config = load_config(None, {}, {"orchestrator": "http://a", "data_dir": folder})
+    parties = trade.credentials.parties(double.greeting)
+    book = EvidenceBook(folder / "book")
+    capacity = CapacityNow(config.capacity)
+    bidder = Bidder(config, capacity, trade.credentials, link, book, ManualTime())
+    network.serve(REVEAL_PROTOCOL, lambda peer, data: shown(bidder, parties, data))
+    yield bidder, double, parties
+    await network.stop()
+    await double.network.stop()
+
+
 def test_after_joining_again_the_same_commitments_are_sent_and_new_ones_in_time(
     tmp_path: Path,
 ) -> None:
     async def scenario() -> None:
-        trade = Trade(tmp_path / "evidence")
-        hub, clock = MemoryHub(), ManualTime()
-        orchestrator = NodeIdentity(b"o" * 32)
-        double = OrchestratorDouble(MemoryNetwork(hub, orchestrator), orchestrator)
-        network = MemoryNetwork(hub, trade.credentials.identity, listens=False)
-        await double.network.start()
-        await network.start()
-        link = Link(network)
-        await link.dial(double.network.addresses[0])
-        config = load_config(None, {}, {"orchestrator": "http://a", "data_dir": tmp_path})
-        parties = trade.credentials.parties(double.greeting)
-        book = EvidenceBook(tmp_path / "book")
-        capacity = CapacityNow(config.capacity)
-        bidder = Bidder(config, capacity, trade.credentials, link, book, clock)
-        network.serve(REVEAL_PROTOCOL, lambda peer, data: shown(bidder, parties, data))
+        async with bidding(tmp_path) as (bidder, double, parties):
 
-        async def sent(market_epoch: int) -> list[str]:
-            double.committed.clear()
-            await bidder.refresh(double.jobs, market_epoch, parties)
-            return list(double.committed)
+            async def sent(market_epoch: int) -> list[str]:
+                double.committed.clear()
+                await bidder.refresh(double.jobs, market_epoch, parties)
+                return list(double.committed)
 
-        first = await sent(0)
-        assert len(first) == len(TaskKind)
-        assert await sent(1) == []
-        bidder.forget()
-        assert await sent(1) == first
-        # Half of their epochs later they are followed by others.
-        renewed = await sent(BID_EPOCHS // 2)
-        assert len(renewed) == len(TaskKind)
-        assert not set(renewed) & set(first)
-        await network.stop()
-        await double.network.stop()
+            first = await sent(0)
+            assert len(first) == len(TaskKind)
+            assert await sent(1) == []
+            bidder.forget()
+            assert await sent(1) == first
+            # Half of their epochs later they are followed by others.
+            renewed = await sent(BID_EPOCHS // 2)
+            assert len(renewed) == len(TaskKind)
+            assert not set(renewed) & set(first)
+
+    asyncio.run(scenario())
+
+
+def test_a_jobs_bids_are_sent_together_and_one_that_fails_is_sent_again(tmp_path: Path) -> None:
+    class Together(Link):
+        """A way on which nothing arrives before all of a job's bids are on it."""
+
+        asked = 0
+
+        async def request(self, protocol: str, payload: bytes, *, timeout_s: float = 1.0) -> bytes:
+            self.asked += 1
+            number = self.asked
+            if number == len(TaskKind):
+                all_sent.set()
+            await all_sent.wait()
+            if number == 1:
+                raise Unavailable("The connection broke.")
+            return await super().request(protocol, payload)
+
+    all_sent = asyncio.Event()
+
+    async def scenario() -> None:
+        async with bidding(tmp_path, Together) as (bidder, double, parties):
+            async with asyncio.timeout(20):
+                await bidder.refresh(double.jobs, 0, parties)
+            assert len(double.committed) == len(TaskKind) - 1
+            await bidder.refresh(double.jobs, 0, parties)
+            assert len({*double.committed}) == len(double.committed) == len(TaskKind)
 
     asyncio.run(scenario())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,8 @@ REQUEST_TIMEOUT_S = 20.0
 SUBMIT_TIMEOUT_S = 1800.0
 """The first job on a base waits until the orchestrator has fetched or built it."""
 POLL_INTERVAL_S = 0.5
+_STATE_WAIT_S = 10.0
+"""Below the timeout of a request."""
 MAX_ANSWER_BYTES = 256 << 20
 """Bundles of long jobs are the largest answers; anything beyond is refused unread."""
 
@@ -152,9 +155,13 @@ class ShoalClient:
             if not page:
                 await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def state(self, job_id: str) -> JobState:
-        """Where the job stands; far cheaper to ask for than the whole job."""
-        return parse_view(JobStanding, await self._get(f"/v1/market/jobs/{job_id}/state")).state
+    async def state(self, job_id: str, *, wait_s: float = 0.0) -> JobState:
+        """Where the job stands; far cheaper to ask for than the whole job.
+
+        Of a job under way the orchestrator answers after ``wait_s``, or once it has ended.
+        """
+        path = f"/v1/market/jobs/{job_id}/state?wait_s={wait_s}"
+        return parse_view(JobStanding, await self._get(path)).state
 
     async def wait(self, job_id: str, *, timeout_s: float | None = None) -> JobView:
         """The job, once it has ended.
@@ -165,9 +172,11 @@ class ShoalClient:
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    if await self.state(job_id) in ENDED:
+                    asked_s = time.monotonic()
+                    if await self.state(job_id, wait_s=_STATE_WAIT_S) in ENDED:
                         return await self.job(job_id)
-                    await asyncio.sleep(POLL_INTERVAL_S)
+                    # It may be at its own end, and answer at once.
+                    await asyncio.sleep(asked_s + POLL_INTERVAL_S - time.monotonic())
         except TimeoutError:
             raise Expired(
                 f"Job {job_id} did not finish within {timeout_s} s; it goes on, wait longer.",

@@ -59,9 +59,15 @@ class Announcer:
         self._context = context
         self._sources = sources
         self._lots: deque[Lot] = deque(maxlen=_MAX_WAITING)
+        self._jobs: deque[str] = deque(maxlen=_MAX_WAITING)
         self._policies: dict[str, PolicyVersion] = {}
         self._certificates: deque[Signed[ClearingCertificate]] = deque(maxlen=_MAX_WAITING)
         self._told = asyncio.Event()
+
+    def job(self, job_id: str) -> None:
+        """The job will be announced as one that is about to open its first lots."""
+        self._jobs.append(job_id)
+        self._told.set()
 
     def lot(self, lot: Lot) -> None:
         """The lot will be announced."""
@@ -92,9 +98,10 @@ class Announcer:
         """One message of each kind that waits was handed to gossip."""
         self._told.clear()
         now_ms = self._context.time.now_ms()
-        if self._lots:
+        if self._lots or self._jobs:
             lots = tuple(self._lots.popleft() for _ in range(min(MAX_LOTS, len(self._lots))))
-            lot_record = LotAnnouncement(lots=lots, announced_at_ms=now_ms)
+            jobs = tuple(self._jobs.popleft() for _ in range(min(MAX_LOTS, len(self._jobs))))
+            lot_record = LotAnnouncement(lots=lots, jobs=jobs, announced_at_ms=now_ms)
             await self._publish(LOTS_TOPIC, self._signed(lot_record))
         if self._policies:
             policies, self._policies = tuple(self._policies.values()), {}
@@ -107,7 +114,7 @@ class Announcer:
                 certificates=self._next_certificates(), announced_at_ms=now_ms
             )
             await self._publish(CERTIFICATES_TOPIC, self._signed(certificate_record))
-        if self._lots or self._certificates:
+        if self._lots or self._jobs or self._certificates:
             self._told.set()
 
     def _next_certificates(self) -> tuple[Signed[ClearingCertificate], ...]:

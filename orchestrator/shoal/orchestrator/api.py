@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,6 +23,7 @@ from shoal.orchestrator.metrics import METRICS_TYPE
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.settler import Settler
+from shoal.orchestrator.store.tables import JobRow
 from shoal.orchestrator.views import Views
 from shoal.protocol.errors import (
     InvalidRequest,
@@ -39,6 +41,7 @@ from shoal.protocol.signing import Signed
 from shoal.protocol.version import SOFTWARE_VERSION
 
 _HEARTBEAT_S = 15.0
+"""Whoever waits for news gets an answer at least this often."""
 _ENDED = {
     state.value
     for state in (JobState.COMPLETE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
@@ -148,10 +151,23 @@ class Api:
             "escrow_deadline_s": row.escrow_deadline_s,
         }
 
-    async def state(self, job_id: str) -> dict[str, Any]:
-        """Only where the job stands, for whoever waits for its end."""
+    async def state(self, job_id: str, wait_s: float = 0.0) -> dict[str, Any]:
+        """Only where the job stands, as soon as it has ended; after ``wait_s`` in any case."""
         row = await self._intake.require(job_id)
+        if wait_s > 0 and row.state not in _ENDED:
+            row = await self._ended_within(job_id, min(wait_s, _HEARTBEAT_S))
         return {"job_id": job_id, "state": row.state, "reason": row.reason}
+
+    async def _ended_within(self, job_id: str, wait_s: float) -> JobRow:
+        # In this order, an end that comes in between is not missed.
+        end = self._journal.end_of(job_id)
+        row = await self._intake.require(job_id)
+        if row.state in _ENDED:
+            return row
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await end.wait()
+        return await self._intake.require(job_id)
 
     async def job(self, job_id: str) -> JSONResponse:
         """Everything about one job; as it is, since followers ask for it all the time."""

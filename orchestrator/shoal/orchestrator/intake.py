@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -27,6 +27,10 @@ _log = logging.getLogger(__name__)
 
 ESCROW_PERIOD_S = 7 * 24 * 3600
 _FUNDING_POLL_S = 0.5
+"""At the latest after so long an escrow is looked for again."""
+_FIRST_LOOK_S = 0.03
+_FUNDING_DELAY_SHARE = 0.1
+"""By how much of what its requester takes to fund a job it may start later for want of a look."""
 _FUNDING_PATIENCE_MS = 3_600_000
 
 
@@ -131,9 +135,10 @@ class Intake:
 
     async def watch_funding(self) -> None:
         """Runs for ever: each job whose escrow is on the chain is started."""
+        waiting: list[JobRow] = []
         while True:
             await self._may_wait.wait()
-            await asyncio.sleep(_FUNDING_POLL_S)
+            await asyncio.sleep(pause_s(waiting, self._context.time.now_ms()))
             # Before looking, so that a job which arrives meanwhile is looked for again.
             self._may_wait.clear()
             waiting = await self._context.database.run(_waiting_for_funds)
@@ -190,16 +195,18 @@ class Intake:
         await self._start(job_id)
 
     async def _fail(self, job_id: str, reason: str) -> None:
-        def write(session: Session) -> None:
-            row = session.get_one(JobRow, job_id)
-            row.state, row.reason = JobState.FAILED.value, reason
-            row.finished_ms = self._context.time.now_ms()
-
-        await self._journal.event(job_id, "job_failed", {"reason": reason}, also=write)
+        await self._journal.finish(job_id, JobState.FAILED, reason)
 
 
 def _waiting_for_funds(session: Session) -> list[JobRow]:
     return list(session.scalars(select(JobRow).where(JobRow.state == JobState.FUNDING.value)))
+
+
+def pause_s(waiting: Sequence[JobRow], now_ms: int) -> float:
+    """Until the next look for escrows: short while a job that waits for its own is new."""
+    newest_ms = max((row.created_ms for row in waiting), default=now_ms)
+    delay_s = _FUNDING_DELAY_SHARE * (now_ms - newest_ms) / 1000
+    return min(max(_FIRST_LOOK_S, delay_s), _FUNDING_POLL_S)
 
 
 def check_size(spec: JobSpec) -> None:

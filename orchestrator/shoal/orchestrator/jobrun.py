@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
 
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.batches import Batch, GradientSum
@@ -28,9 +29,10 @@ from shoal.orchestrator.planner import Planner
 from shoal.orchestrator.recall import Recall
 from shoal.orchestrator.sampler import BatchSampler
 from shoal.orchestrator.slices import Slicer
+from shoal.orchestrator.store.tables import StatementRow
 from shoal.orchestrator.versions import VersionRecords, Versions
 from shoal.protocol.canonical import digest_of
-from shoal.protocol.errors import InvariantBroken, ShoalError
+from shoal.protocol.errors import InvariantBroken, Unavailable
 from shoal.protocol.policy import PolicyVersion
 from shoal.provenance.statement import (
     StatementKind,
@@ -40,6 +42,8 @@ from shoal.provenance.statement import (
 )
 from shoal.rl.aggregation import UpdateStats
 from shoal.rl.environments import Split, metric_names
+
+_T = TypeVar("_T")
 
 _HEAD_START_S = 0.05
 """For how long at most nothing else is offered while a batch's gradient is: the learner waits for
@@ -64,7 +68,7 @@ class JobRun:
         self.learner = learner
         self.job_id = learner.job_id
         self._halted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._planner = Planner(context, journal, learner, self.halt)
+        self._planner = Planner(context, journal, learner, self.halt, self._kept)
         self._market = Recall(context, auctioneer, learner)
         self.evaluations = Evaluations(
             context, journal, self._market, self._planner, learner.spec, self._keep_best
@@ -81,6 +85,7 @@ class JobRun:
             lambda: self.selling,
             self._slicer.begin,
         )
+        self._keeping: asyncio.Task[Path] | None = None
         self._tidying: asyncio.Task[None] | None = None
         self.reserves = {
             kind: terms.reserve_micros for kind, terms in self._planner.reserves.items()
@@ -94,7 +99,7 @@ class JobRun:
         """The newest published version; None before the first."""
         return self._versions.newest
 
-    def halt(self, error: ShoalError) -> None:
+    def halt(self, error: Exception) -> None:
         """Ends the run with ``error`` at its next wait."""
         if not self._halted.done():
             self._halted.set_exception(error)
@@ -152,7 +157,7 @@ class JobRun:
         if version == 0:
             # Stated twice where the process stopped in between; the same words do no harm.
             await self._state_environments()
-            await self._context.computed(lambda: self.learner.checkpoint(0))
+            await self._to_disk(await self._context.computed(lambda: self.learner.checkpoint(0)))
         await self._resume_evaluations()
         stopped = await self._early_stop(version)
         while version < last and not stopped:
@@ -207,9 +212,9 @@ class JobRun:
             self._halted.result()
         await waiting
 
-    async def _to_disk(self, work: Callable[[], None]) -> None:
-        """``work``, which waits for the disk, beside the compute thread."""
-        await asyncio.get_running_loop().run_in_executor(None, work)
+    async def _to_disk(self, work: Callable[[], _T]) -> _T:
+        """``work()``, which waits for the disk, beside the compute thread."""
+        return await asyncio.get_running_loop().run_in_executor(None, work)
 
     async def _step(self, version: int) -> None:
         """The batch of ``version`` is applied: the next version is published."""
@@ -222,12 +227,12 @@ class JobRun:
         metrics = batch.metrics(version, names) | market
         await self._unless_halted(_wait(gradient.complete))
         older = self._versions.wanted(version + 1, self.evaluations.pending())
-        stats, folder, policy = await self._context.computed(
+        await self._tidied()
+        stats, policy, checkpoint = await self._context.computed(
             lambda: (
                 self.learner.update(gradient.payloads(), batch.all_groups()),
-                # Before anyone is told: a version on the market can always be restored.
-                self.learner.checkpoint(version + 1, older),
                 self.learner.publish(version + 1, self._context.blobs),
+                self.learner.checkpoint(version + 1, older),
             )
         )
         facts = _update_facts(policy, self._current(), batch, gradient, self.learner)
@@ -236,22 +241,47 @@ class JobRun:
             "step_time": time.monotonic() - started,
             "time/wait_for_batch": waited_s,
         }
-        await self._publish(policy, facts, metrics)
+        await self._publish(policy, facts, metrics, checkpoint)
         self.reward_recent = metrics["reward"]
-        secure = functools.partial(self.learner.secure, folder, policy, self._context.blobs)
-        await self._tidy(version + 1, metrics, secure)
+
+    async def _keep(
+        self,
+        policy: PolicyVersion,
+        statement: StatementRow | None,
+        metrics: dict[str, float],
+        checkpoint: Callable[[], Path],
+    ) -> Path:
+        """``policy`` is on record, and is restored from the folder returned after a kill."""
+        folder = await self._to_disk(checkpoint)
+        if statement is not None:
+            await self._records.add(policy, statement, metrics)
+        self._auctioneer.announcer.policy(policy)
+        return folder
+
+    async def _kept(self) -> None:
+        """Before anyone is told: a version on the market can always be restored."""
+        keeping = self._keeping
+        if keeping is not None:
+            await asyncio.wait((keeping,))
+            if keeping.exception() is not None:
+                raise Unavailable(
+                    f"The newest policy version of job {self.job_id} could not be kept; the job "
+                    "stops for it.",
+                    code="not_kept",
+                )
 
     async def _tidy(
-        self, version: int, metrics: dict[str, float], secure: Callable[[], None]
+        self, policy: PolicyVersion, metrics: dict[str, float], keeping: asyncio.Task[Path]
     ) -> None:
         """What follows an update and holds nothing up: health, and the disk."""
-        await self._tidied()
+        folder = await keeping
+        await self._health.see(metrics)
+        await self._to_disk(lambda: self.learner.secure(folder, policy, self._context.blobs))
 
-        async def tidy() -> None:
-            await self._health.see(metrics)
-            await self._to_disk(secure)
-
-        self._tidying = asyncio.create_task(tidy(), name=f"tidy version {version}")
+    def _halt_if_failed(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self.halt(error)
 
     async def _tidied(self) -> None:
         if self._tidying is not None:
@@ -297,17 +327,30 @@ class JobRun:
         return gradient
 
     async def _publish(
-        self, policy: PolicyVersion, facts: UpdatePredicate, metrics: dict[str, float]
+        self,
+        policy: PolicyVersion,
+        facts: UpdatePredicate,
+        metrics: dict[str, float],
+        checkpoint: Callable[[], Path],
     ) -> None:
+        """The market prepares work under ``policy``, and offers it once `_keep` is done."""
+        row = None
         if not await self._records.has(policy):
             statement = update_statement(facts)
             row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
-            await self._records.add(policy, row, metrics)
+
+        self._keeping = asyncio.create_task(
+            self._keep(policy, row, metrics, checkpoint), name=f"keep version {policy.version}"
+        )
+        self._tidying = asyncio.create_task(
+            self._tidy(policy, metrics, self._keeping), name=f"tidy version {policy.version}"
+        )
+        self._tidying.add_done_callback(self._halt_if_failed)
         self._deltas.follow(self._current(), policy)
         self._versions.add(policy)
-        self._market.active = False
+        # Under a version that was not on record nothing was ever accepted.
+        self._market.active = row is None
         self._versions.drop_unwanted(policy.version, self.evaluations.pending())
-        self._auctioneer.announcer.policy(policy)
 
     async def _state_environments(self) -> None:
         rows = [

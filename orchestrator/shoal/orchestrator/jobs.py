@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
+from shoal.orchestrator.reference import reserves_of
 from shoal.orchestrator.settler import JobFrozen, Settler
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.blob import BlobRef
@@ -32,6 +32,7 @@ from shoal.protocol.errors import (
     Unavailable,
 )
 from shoal.protocol.job import Job, JobCommand, JobState
+from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.signing import Signed
@@ -75,6 +76,8 @@ class Jobs:
         self._deltas = deltas
         settler.on_frozen = self._freeze
         self._running: dict[str, JobRun] = {}
+        self._preparing: dict[str, OpenJob] = {}
+        """Funded jobs whose policy is still being loaded; workers fetch the base and bid."""
         self._cancelled: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -99,23 +102,35 @@ class Jobs:
         """The jobs that accept bids."""
         # What failed on the market may cost more than a lot that is just opened.
         raised = self._auctioneer.reserves()
-        return [
-            OpenJob(
-                job_id=job_id,
-                name=run.learner.spec.name,
-                model=run.learner.spec.model,
-                num_parameters=run.learner.base.num_parameters,
-                base=run.learner.base_blob,
-                lora=run.learner.spec.lora,
-                reserve_micros={
+        running = [
+            self._listed(
+                run.learner.job,
+                run.learner.base,
+                run.learner.base_blob,
+                {
                     kind: max(micros, raised.get((job_id, kind), 0))
                     for kind, micros in run.reserves.items()
                 },
-                epoch=self._journal.open_epoch(job_id),
             )
             for job_id, run in self._running.items()
             if run.selling
         ]
+        return [*running, *self._preparing.values()]
+
+    def _listed(
+        self, job: Job, base: BaseModelRef, base_blob: BlobRef, reserve_micros: dict[TaskKind, int]
+    ) -> OpenJob:
+        job_id = job.job_id()
+        return OpenJob(
+            job_id=job_id,
+            name=job.spec.name,
+            model=job.spec.model,
+            num_parameters=base.num_parameters,
+            base=base_blob,
+            lora=job.spec.lora,
+            reserve_micros=reserve_micros,
+            epoch=self._journal.open_epoch(job_id),
+        )
 
     def running_ids(self) -> list[str]:
         """The jobs whose epochs are being settled."""
@@ -156,10 +171,10 @@ class Jobs:
         if run is not None:
             run.halt(JobCancelled("cancelled by its requester"))
         elif row.state == JobState.FUNDING.value:
-            await self._finish(job_id, JobState.CANCELLED, "cancelled by its requester")
+            await self._journal.finish(job_id, JobState.CANCELLED, "cancelled by its requester")
         elif row.state == JobState.PAUSED.value:
             await self._close_escrow(job_id)
-            await self._finish(job_id, JobState.CANCELLED, "cancelled by its requester")
+            await self._journal.finish(job_id, JobState.CANCELLED, "cancelled by its requester")
         elif row.state == JobState.RUNNING.value:
             # Its policy is still being loaded; it is halted as soon as there is a run.
             self._cancelled.add(job_id)
@@ -200,7 +215,7 @@ class Jobs:
         self._auctioneer.withdraw(job_id)
         self._auctioneer.forget_job(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has failed")
-        await self._finish(job_id, JobState.FAILED, reason)
+        await self._journal.finish(job_id, JobState.FAILED, reason)
 
     async def _drive(self, job_id: str) -> None:
         await self._journal.adopt(job_id)
@@ -209,9 +224,7 @@ class Jobs:
         job = Signed[Job].model_validate_json(row.record).record
         base = BaseModelRef.model_validate_json(row.base)
         try:
-            learner = await self._context.computed(lambda: self._load(job, base))
-            run = JobRun(self._context, self._journal, self._auctioneer, self._deltas, learner)
-            self._running[job_id] = run
+            run = await self._load(job, base, sells=row.state == JobState.RUNNING.value)
             if job_id in self._cancelled:
                 run.halt(JobCancelled("cancelled by its requester"))
             await run.restore()
@@ -247,9 +260,29 @@ class Jobs:
         if state is not JobState.PAUSED:
             await self._close_escrow(job_id)
             self._auctioneer.forget_job(job_id)
-        await self._finish(job_id, state, reason)
+        await self._journal.finish(job_id, state, reason)
 
-    def _load(self, job: Job, base: BaseModelRef) -> Learner:
+    async def _load(self, job: Job, base: BaseModelRef, *, sells: bool) -> JobRun:
+        """The job's run, which is found from now on; if it ``sells``, workers hear of it first."""
+        job_id = job.job_id()
+        folder, base_blob = await self._context.computed(lambda: self._unchanged_base(job, base))
+        if sells:
+            terms = reserves_of(job.spec, self._context.config.reference)
+            reserve_micros = {kind: reserve.reserve_micros for kind, reserve in terms.items()}
+            self._preparing[job_id] = self._listed(job, base, base_blob, reserve_micros)
+            self._auctioneer.announcer.job(job_id)
+        try:
+            learner = await self._context.computed(
+                lambda: Learner(job, base, base_blob, folder, self.run_dir(job_id))
+            )
+            run = JobRun(self._context, self._journal, self._auctioneer, self._deltas, learner)
+        finally:
+            self._preparing.pop(job_id, None)
+        self._running[job_id] = run
+        return run
+
+    def _unchanged_base(self, job: Job, base: BaseModelRef) -> tuple[Path, BlobRef]:
+        """Where the base's files are, and the blob by which workers fetch them."""
         folder = fetch_base(
             job.spec.model,
             self._context.config.resolved_models_dir(),
@@ -263,14 +296,7 @@ class Jobs:
                 f"with {base.content_digest()}; bring back the files it began with.",
                 code="model_changed",
             )
-        base_blob = self._context.blobs.put_bytes(base.encode(), pin=True)
-        learner = Learner(job, base, base_blob, folder, self.run_dir(job.job_id()))
-        if not gc.get_freeze_count():
-            # All libraries are loaded now, and stay: half a million objects, which the
-            # collector would go through again and again for as long as an update takes.
-            gc.collect()
-            gc.freeze()
-        return learner
+        return folder, self._context.blobs.put_bytes(base.encode(), pin=True)
 
     def _pinned_blob(self, path: Path) -> BlobRef:
         """The file as a blob; pins do not outlive a process, and blobs may be dropped."""
@@ -321,15 +347,6 @@ class Jobs:
             else:
                 await self._journal.event(job_id, "escrow_closed", {})
                 return
-
-    async def _finish(self, job_id: str, state: JobState, reason: str) -> None:
-        def write(session: Session) -> None:
-            row = session.get_one(JobRow, job_id)
-            row.state, row.reason = state.value, reason
-            row.finished_ms = self._context.time.now_ms()
-
-        # One transaction: a follower that sees the end also finds the event that tells of it.
-        await self._journal.event(job_id, f"job_{state.value}", {"reason": reason}, also=write)
 
     async def _set_state(self, job_id: str, state: JobState, reason: str) -> None:
         def write(session: Session) -> None:

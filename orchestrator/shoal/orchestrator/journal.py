@@ -17,6 +17,7 @@ from shoal.orchestrator.context import Context
 from shoal.orchestrator.store.rows import insert_rows
 from shoal.orchestrator.store.tables import EventRow, JobRow, StatementRow
 from shoal.protocol.canonical import sha256_hex
+from shoal.protocol.job import JobState
 from shoal.provenance.dsse import Envelope
 from shoal.provenance.dsse import sign as sign_envelope
 from shoal.provenance.statement import StatementKind
@@ -40,6 +41,7 @@ class Journal:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._changed: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._ended: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._next_seq: dict[str, int] = {}
         self._open_epoch: dict[str, int] = {}
 
@@ -71,6 +73,27 @@ class Journal:
         await self._context.database.run(write)
         _log.info(type_, extra={"job_id": job_id, "data": dict(data)})
         self.wake(job_id)
+
+    async def finish(self, job_id: str, state: JobState, reason: str) -> None:
+        """The job is at its end, ``state``; whoever waits for that is woken."""
+        finished_ms = self._context.time.now_ms()
+
+        def write(session: Session) -> None:
+            row = session.get_one(JobRow, job_id)
+            row.state, row.reason, row.finished_ms = state.value, reason, finished_ms
+
+        # One transaction: a follower that sees the end also finds the event that tells of it.
+        await self.event(job_id, f"job_{state.value}", {"reason": reason}, also=write)
+        self._ended.pop(job_id, asyncio.Event()).set()
+
+    def end_of(self, job_id: str) -> asyncio.Event:
+        """Set as soon as the job is at its end; ask before reading whether it is."""
+        return self._ended[job_id]
+
+    def dismiss(self) -> None:
+        """Nobody waits for a job's end any more: this process is at its own."""
+        while self._ended:
+            self._ended.popitem()[1].set()
 
     async def events(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
         """The job's events with a sequence number above ``after``, oldest first."""

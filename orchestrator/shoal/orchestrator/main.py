@@ -303,6 +303,7 @@ async def serve(
             await orchestrator.run(stop)
         finally:
             await presence.stop()
+            orchestrator.journal.dismiss()
             server.should_exit = True
             await serving
             await blob_server.stop()
@@ -316,7 +317,10 @@ def _advertised(blob_server: BlobServer | None, public_host: str) -> str:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Of a socket whose protocol is not named, asyncio leaves Nagle's algorithm on: a body would
+    # wait 40 ms for the acknowledgement of its own headers.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -9,16 +9,15 @@ from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.placement import Parcel
-from shoal.orchestrator.reference import lowest_reserve
+from shoal.orchestrator.reference import group_size, reserves_of
 from shoal.orchestrator.slices import BatchSlice
 from shoal.orchestrator.workload import Delivery, Workload, parcels_of, work_name
 from shoal.protocol.canonical import digest_of
-from shoal.protocol.certificate import ReserveTerms
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import new_id
 from shoal.protocol.market import Lot, LotClass, TaskKind
 from shoal.protocol.policy import PolicyVersion
-from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
+from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask, Task
 from shoal.rl.batch import HEADER_ALLOWANCE_BYTES
 from shoal.rl.environments import Split
 from shoal.rl.plan import Plan
@@ -33,7 +32,15 @@ _BYTES_PER_PROMPT = 32
 
 
 class Planner:
-    """Makes the workloads of one job."""
+    """Makes the workloads of one job.
+
+    Args:
+        context: The orchestrator's surroundings.
+        journal: Which epoch is open.
+        learner: Of the job.
+        halt: Told of what the job cannot go on after.
+        kept: Awaited before a task is made; Unavailable while none may be.
+    """
 
     def __init__(
         self,
@@ -41,17 +48,19 @@ class Planner:
         journal: Journal,
         learner: Learner,
         halt: Callable[[ShoalError], None],
+        kept: Callable[[], Awaitable[None]],
     ) -> None:
         self._context = context
         self._journal = journal
         self._learner = learner
         self._halt = halt
+        self._kept = kept
         self.job_id = learner.job_id
         self._environments_sha256 = digest_of(
             [environment.digest() for environment in learner.environments]
         )
         self._base_sha256 = learner.base.content_digest()
-        self.reserves = {kind: self._reserve(kind) for kind in TaskKind}
+        self.reserves = reserves_of(learner.spec, context.config.reference)
         """What a unit of each kind may cost while none has failed."""
         self._plan = Plan(
             job_id=self.job_id,
@@ -125,31 +134,6 @@ class Planner:
         """The job's held-out prompts."""
         return self._plan.held_out()
 
-    def _group_size(self, kind: TaskKind) -> int:
-        """How many completions a unit of the kind is about."""
-        spec = self._learner.spec
-        is_evaluation = kind is TaskKind.EVALUATE
-        return spec.evaluation.samples_per_example if is_evaluation else spec.rollouts_per_example
-
-    def _reserve(self, kind: TaskKind) -> ReserveTerms:
-        spec = self._learner.spec
-        max_micros = {
-            TaskKind.ROLLOUT: spec.budget.max_rollout_micros,
-            TaskKind.GRADIENT: spec.budget.max_gradient_micros,
-            TaskKind.EVALUATE: spec.budget.max_evaluate_micros,
-        }[kind]
-        fitting = [
-            benchmark
-            for benchmark in self._context.config.reference
-            if benchmark.fits(
-                kind,
-                max_tokens=spec.sampling.max_tokens,
-                group_size=self._group_size(kind),
-                model=spec.model,
-            )
-        ]
-        return lowest_reserve(fitting, max_micros)
-
     def _rows_bytes(self, prompts: int, rows: int) -> int:
         tokens = rows * self._learner.spec.sampling.max_tokens
         return (
@@ -164,11 +148,16 @@ class Planner:
         kind: TaskKind,
         policy: PolicyVersion,
         parcels: list[Parcel],
-        build: Callable[[Parcel], Awaitable[RolloutTask | GradientTask | EvaluateTask]],
+        build: Callable[[Parcel], Awaitable[Task]],
         deliver: Deliver,
         max_result_bytes: Callable[[int], int],
     ) -> Workload:
         spec = self._learner.spec
+
+        async def build_once_kept(parcel: Parcel) -> Task:
+            await self._kept()
+            return await build(parcel)
+
         # Only rollouts age: the others are made for the newest version.
         staleness = spec.max_staleness if kind is TaskKind.ROLLOUT else 0
         lot = Lot(
@@ -188,10 +177,10 @@ class Planner:
         return Workload(
             lot=lot,
             work=work_name(
-                kind, self._base_sha256, spec.sampling.max_tokens, self._group_size(kind)
+                kind, self._base_sha256, spec.sampling.max_tokens, group_size(kind, spec)
             ),
             reserve=self.reserves[kind],
-            build_task=build,
+            build_task=build_once_kept,
             deliver=deliver,
             abandon=self._halt,
             max_result_bytes=max_result_bytes,

@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 class Recall:
     """Opens a job's workloads; what of them is on record as accepted is delivered first.
 
-    ``active`` from a restart until the first update after it: what is opened later is new.
+    ``active`` from a restart until the first update that is not on record: what is opened later
+    is new.
     """
 
     def __init__(self, context: Context, market: Market, learner: Learner) -> None:

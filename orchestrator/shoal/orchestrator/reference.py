@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shoal.market.reserve import gpu_prices, reserve_for
 from shoal.protocol.certificate import ReserveTerms
+from shoal.protocol.job import JobSpec
 from shoal.protocol.market import MAX_UNITS, TaskKind
 from shoal.protocol.record import MAX_INT
 
@@ -74,6 +75,35 @@ def lowest_reserve(benchmarks: Iterable[Benchmark], max_micros: int) -> ReserveT
     """What a unit may cost by the GPU that does it cheapest, or by the requester's maximum."""
     terms = [benchmark.reserve(max_micros) for benchmark in benchmarks]
     return min(terms, key=_reference, default=reserve_for(max_micros))
+
+
+def reserves_of(spec: JobSpec, benchmarks: Sequence[Benchmark]) -> dict[TaskKind, ReserveTerms]:
+    """What a unit of each kind of a job's work may cost while none has failed."""
+    max_micros = {
+        TaskKind.ROLLOUT: spec.budget.max_rollout_micros,
+        TaskKind.GRADIENT: spec.budget.max_gradient_micros,
+        TaskKind.EVALUATE: spec.budget.max_evaluate_micros,
+    }
+    reserves = {}
+    for kind in TaskKind:
+        fitting = [
+            benchmark
+            for benchmark in benchmarks
+            if benchmark.fits(
+                kind,
+                max_tokens=spec.sampling.max_tokens,
+                group_size=group_size(kind, spec),
+                model=spec.model,
+            )
+        ]
+        reserves[kind] = lowest_reserve(fitting, max_micros[kind])
+    return reserves
+
+
+def group_size(kind: TaskKind, spec: JobSpec) -> int:
+    """How many completions a unit of the kind is about."""
+    is_evaluation = kind is TaskKind.EVALUATE
+    return spec.evaluation.samples_per_example if is_evaluation else spec.rollouts_per_example
 
 
 def _reference(terms: ReserveTerms) -> int:

@@ -44,8 +44,10 @@ from shoal.protocol.signing import Signed, sign
 _log = logging.getLogger(__name__)
 
 _LONGEST_EPOCH_S = 60.0
-_GATHER_S = 0.05
-"""Bids that come together are sealed together: a worker commits to each kind of work in turn."""
+_GATHER_S = 0.03
+_LONGEST_GATHER_S = 0.25
+"""Bids that come together are sealed together: many hear of a new job at once, and who comes a
+moment later waits for a whole epoch."""
 _REVEAL_WINDOW_S = 1.0
 """Who has not opened its bid by then competes from the next epoch on."""
 _NOTICE_EVERY_MS = 60_000
@@ -165,8 +167,8 @@ class Sealer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LONGEST_EPOCH_S):
                     await self._changed.wait()
-            await asyncio.sleep(max(_GATHER_S, self._left_s()))
-            self._changed.clear()
+            await asyncio.sleep(self._left_s())
+            await self._gather()
             if not len(self._book):
                 continue
             try:
@@ -174,6 +176,15 @@ class Sealer:
             except Unavailable as error:
                 _log.warning("seal_waits", extra={"reason": error.message})
                 self._changed.set()
+
+    async def _gather(self) -> None:
+        """For a moment the book has not changed, or it has changed for long enough."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_GATHER_S):
+                while self._changed.is_set():
+                    self._changed.clear()
+                    await asyncio.sleep(_GATHER_S)
+        self._changed.clear()
 
     def _left_s(self) -> float:
         """How long the present epoch must still last."""

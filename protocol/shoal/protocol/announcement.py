@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from shoal.protocol.certificate import ClearingCertificate
+from shoal.protocol.ids import Hex32
 from shoal.protocol.market import Lot
 from shoal.protocol.policy import PolicyVersion
 from shoal.protocol.record import MAX_INT
 from shoal.protocol.signing import Domain, SignableRecord, Signed
 
-LOTS_TOPIC = "shoal/lots/2"
+LOTS_TOPIC = "shoal/lots/3"
 POLICIES_TOPIC = "shoal/policies/2"
 CERTIFICATES_TOPIC = "shoal/certificates/3"
 
@@ -44,7 +45,7 @@ def topic_of(topic: str, domain: Domain, account: str) -> str:
 
     Example:
         >>> topic_of(LOTS_TOPIC, Domain(chain_id=1, escrow="0x" + "E" * 40), "0x" + "A" * 40)[:20]
-        'shoal/lots/2/0xaaaaa'
+        'shoal/lots/3/0xaaaaa'
     """
     return f"{topic}/{account.lower()}/{domain.chain_id}/{domain.escrow.lower()}"
 
@@ -68,17 +69,18 @@ class _Announcement(SignableRecord):
 
 
 class LotAnnouncement(_Announcement):
-    """Lots that were just opened.
+    """Lots that were just opened, and jobs that are about to open their first.
 
     Writer: the orchestrator.  Reader: workers, which ask for the job's terms if they do not
     know the job yet.
 
     Example:
         >>> LotAnnouncement(lots=(), announced_at_ms=1).encode()
-        b'{"announced_at_ms":1,"lots":[]}'
+        b'{"announced_at_ms":1,"jobs":[],"lots":[]}'
     """
 
     lots: tuple[Lot, ...] = Field(max_length=MAX_LOTS)
+    jobs: tuple[Hex32, ...] = Field(default=(), max_length=MAX_LOTS)
 
 
 class PolicyAnnouncement(_Announcement):

@@ -141,8 +141,9 @@ class Announcements:
         return TopicVerdict.ACCEPT if self._heard.add(digest) else TopicVerdict.IGNORE
 
     async def _on_lots(self, _: PeerId, payload: bytes) -> None:
-        known = self._interests.known()
-        if any(lot.job_id not in known for lot in SignedLots.decode(payload).record.lots):
+        announced = SignedLots.decode(payload).record
+        jobs = {*announced.jobs, *(lot.job_id for lot in announced.lots)}
+        if jobs - self._interests.known():
             self._interests.new_job()
 
     async def _on_policies(self, _: PeerId, payload: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -126,6 +127,7 @@ class Bidder:
         self._offers = {k: v for k, v in self._offers.items() if k in wanted}
         self._standing &= wanted
         self._note_declined(decisions)
+        unsent: dict[str, list[_Offer]] = {}
         for decision in decisions:
             offer = (decision.job_id, decision.kind)
             if offer not in wanted:
@@ -133,14 +135,11 @@ class Bidder:
             if not self._is_fresh(self._offers.get(offer), decision, market_epoch):
                 self._offers[offer] = self._make(decision, market_epoch, parties)
                 self._standing.discard(offer)
-            if offer in self._standing:
-                continue
-            try:
-                await self._commit(self._offers[offer], parties)
-            except ShoalError as error:
-                log_failure("bid_failed", error, job_id=decision.job_id, kind=decision.kind.value)
-            else:
-                self._standing.add(offer)
+            if offer not in self._standing:
+                unsent.setdefault(decision.job_id, []).append(offer)
+        for offers in unsent.values():
+            # Together, or over a long line all but the first would miss the seal.
+            await asyncio.gather(*(self._send(offer, parties) for offer in offers))
 
     def _is_fresh(self, sealed: SealedBid | None, decision: Decision, market_epoch: int) -> bool:
         """Whether the bid says what it should, and for long enough."""
@@ -173,6 +172,15 @@ class Bidder:
             nonce=self._last_nonce,
         )
         return seal_bid(sign(bid, parties.domain, self._credentials.account), parties)
+
+    async def _send(self, offer: _Offer, parties: Parties) -> None:
+        job_id, kind = offer
+        try:
+            await self._commit(self._offers[offer], parties)
+        except ShoalError as error:
+            log_failure("bid_failed", error, job_id=job_id, kind=kind.value)
+        else:
+            self._standing.add(offer)
 
     async def _commit(self, sealed: SealedBid, parties: Parties) -> None:
         reply = await self._link.request(COMMIT_PROTOCOL, sealed.commitment.encode())
