@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -292,7 +293,7 @@ def decode_arrays(
     Raises:
         PeerFault: the bytes are anything else; ``what`` names them in the message.
     """
-    limit = sum(4 * int(np.prod(shape)) for shape in shapes.values()) + _HEADER_ALLOWANCE_BYTES
+    limit = sum(4 * math.prod(shape) for shape in shapes.values()) + _HEADER_ALLOWANCE_BYTES
     if len(data) > limit:
         raise _fault(data[:0], what, f"is {len(data)} bytes where at most {limit} fit", "oversize")
     try:

@@ -16,7 +16,7 @@ from shoal.protocol.learning import AdvantageScale
 from shoal.rl.advantage import group_advantages
 from shoal.rl.batch import GradientPayload
 from shoal.rl.gradient import Group
-from shoal.rl.sample_metrics import SampledGroup, sample_metrics
+from shoal.rl.sample_metrics import SampledBatch, sample_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +91,15 @@ class Batch:
 
     def metrics(self, policy_version: int, environments: Sequence[str]) -> dict[str, float]:
         """The batch's figures when applied to ``policy_version``; environments by name."""
-        groups = [
-            SampledGroup(
-                environment=scored.environment,
-                rewards=scored.rewards,
-                lengths=[len(row) for row in scored.group.token_ids],
-                truncated=scored.group.truncated.tolist(),
-                staleness=policy_version - scored.policy_version,
-            )
-            for scored in self.groups.values()
-        ]
-        figures = sample_metrics(groups, environments)
+        scored = self.groups.values()
+        sampled = SampledBatch(
+            environments_p=np.array([s.environment for s in scored]),
+            rewards_pg=np.array([s.rewards for s in scored], dtype=np.float64),
+            lengths_b=np.array([len(row) for s in scored for row in s.group.token_ids]),
+            truncated_b=np.concatenate([s.group.truncated for s in scored]),
+            staleness_p=policy_version - np.array([s.policy_version for s in scored]),
+        )
+        figures = sample_metrics(sampled, environments)
         return figures | {"sample/redrawn_groups": float(self.num_redrawn)}
 
 

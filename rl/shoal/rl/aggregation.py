@@ -1,4 +1,10 @@
-"""Aggregation: accepted gradients become the next policy version."""
+"""Aggregation: accepted gradients become the next policy version.
+
+All values of an adapter lie flat in one vector while it is updated: one operation on it costs
+less than one on each of its arrays, and leaves every value the same bits.
+
+Axes: ``n`` value, in the order of the policy's parameters.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +25,8 @@ from shoal.rl.schedule import scheduled_rate
 _STEP = "step"
 _ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 _SGD_STATE = ("momentum_buffer",)
+_SUMMED_VALUES = 1 << 14
+"""Values that are added at once in double precision: few enough for the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +67,21 @@ class AdapterOptimizer:
         self._spec = spec
         self._max_steps = max_steps
         self._parameters = policy.trainable()
+        self._sizes = [parameter.numel() for parameter in self._parameters.values()]
+        self._flat_n = torch.nn.Parameter(
+            torch.cat([p.detach().reshape(-1) for p in self._parameters.values()])
+        )
+        parts = torch.split(self._flat_n.detach(), self._sizes)
+        self._parts = [
+            (parameter, part_n.view_as(parameter))
+            for parameter, part_n in zip(self._parameters.values(), parts, strict=True)
+        ]
         self._is_outer = gradient.local_steps > 1
         self._optimizer: torch.optim.Optimizer
         if self._is_outer:
             self._state_names: tuple[str, ...] = _SGD_STATE if gradient.outer_momentum else ()
             self._optimizer = torch.optim.SGD(
-                list(self._parameters.values()),
+                [self._flat_n],
                 lr=gradient.outer_learning_rate,
                 momentum=gradient.outer_momentum,
                 nesterov=gradient.outer_momentum > 0,
@@ -73,7 +90,7 @@ class AdapterOptimizer:
         else:
             self._state_names = _ADAMW_STATE
             self._optimizer = torch.optim.AdamW(
-                list(self._parameters.values()),
+                [self._flat_n],
                 lr=spec.learning_rate,
                 betas=(spec.beta1, spec.beta2),
                 weight_decay=spec.weight_decay,
@@ -94,11 +111,17 @@ class AdapterOptimizer:
         if not divisor > 0:
             raise InvariantBroken("An update was asked for over a batch without tokens.")
         learning_rate = scheduled_rate(self._spec, self.step, self._max_steps)
-        norm = self._set_gradients(_mean(gradients, self._parameters, divisor, self._is_outer))
+        norm = self._set_gradient(self._mean_n(gradients, divisor))
         if not self._is_outer:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
-        self._optimizer.step()
+        with torch.no_grad():
+            # The policy may hold other weights than the last update left.
+            for parameter, part in self._parts:
+                part.copy_(parameter)
+            self._optimizer.step()
+            for parameter, part in self._parts:
+                parameter.copy_(part)
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         sums = sum((payload.stats for payload in gradients), GradientStats())
@@ -113,12 +136,13 @@ class AdapterOptimizer:
     def state_bytes(self) -> bytes:
         """The optimiser's moments and step count; with the adapter, enough to resume exactly."""
         arrays = {_STEP: np.array([self.step], dtype=np.int64)}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {})
-            for moment in self._state_names:
-                value = state.get(moment)
-                value = torch.zeros_like(parameter) if value is None else value
-                arrays[f"{moment}.{name}"] = value.detach().cpu().numpy()
+        state = self._optimizer.state.get(self._flat_n, {})
+        for moment in self._state_names:
+            value_n = state.get(moment)
+            value_n = torch.zeros_like(self._flat_n) if value_n is None else value_n
+            parts = np.split(value_n.detach().cpu().numpy(), np.cumsum(self._sizes)[:-1])
+            for (name, parameter), part in zip(self._parameters.items(), parts, strict=True):
+                arrays[f"{moment}.{name}"] = part.reshape(parameter.shape)
         return safetensors.numpy.save(arrays)
 
     def load_state(self, data: bytes) -> None:
@@ -145,51 +169,58 @@ class AdapterOptimizer:
         self.step = step
         self._optimizer.state.clear()
         if step:
-            for name, parameter in self._parameters.items():
-                state = {
-                    moment: torch.from_numpy(arrays[f"{moment}.{name}"].copy())
-                    for moment in self._state_names
-                }
-                state = {moment: value.to(parameter.device) for moment, value in state.items()}
-                if not self._is_outer:
-                    state["step"] = torch.tensor(float(step))
-                self._optimizer.state[parameter] = state
+            state = {
+                moment: torch.from_numpy(
+                    np.concatenate([arrays[f"{moment}.{n}"].reshape(-1) for n in self._parameters])
+                ).to(self._flat_n.device)
+                for moment in self._state_names
+            }
+            if not self._is_outer:
+                state["step"] = torch.tensor(float(step))
+            self._optimizer.state[self._flat_n] = state
 
-    def _set_gradients(self, means: Mapping[str, Floats]) -> float:
-        """The parameters' gradients are the means, clipped; returns the norm before."""
-        for name, parameter in self._parameters.items():
-            parameter.grad = torch.from_numpy(means[name]).to(parameter.device)
-        # Movements are not clipped: each of the steps they are made of was.
-        limit = float("inf") if self._is_outer else self._spec.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit))
+    def _set_gradient(self, mean_n: Floats) -> float:
+        """The gradient is the mean, clipped; returns the norm before."""
+        self._flat_n.grad = torch.from_numpy(mean_n).to(self._flat_n.device)
+        total_norm = torch.nn.utils.get_total_norm(torch.split(self._flat_n.grad, self._sizes))
+        norm = float(total_norm)
         if not np.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise InvariantBroken("The mean gradient's norm is not finite; nothing moved.")
+        # Movements are not clipped: each of the steps they are made of was.
+        if not self._is_outer:
+            limit = self._spec.max_grad_norm
+            torch.nn.utils.clip_grads_with_norm_([self._flat_n], limit, total_norm)
         return norm
 
+    def _mean_n(self, gradients: Sequence[GradientPayload], divisor: float) -> Floats:
+        """The sum of gradients over the divisor; of movements, the mean weighted by tokens."""
+        weights = [payload.stats.num_tokens if self._is_outer else 1.0 for payload in gradients]
+        divisor = max(sum(weights), 1.0) if self._is_outer else divisor
+        vectors = [self._vector_n(payload) for payload in gradients]
+        mean_n = np.empty(sum(self._sizes), dtype=np.float32)
+        for first in range(0, len(mean_n), _SUMMED_VALUES):
+            part = slice(first, first + _SUMMED_VALUES)
+            # Double precision, so that how the batch was sliced does not show in the sum.
+            total_n = np.zeros(len(mean_n[part]), dtype=np.float64)
+            for vector_n, weight in zip(vectors, weights, strict=True):
+                total_n += np.multiply(vector_n[part], weight, dtype=np.float64)
+            np.divide(total_n, divisor, out=mean_n[part], casting="same_kind")
+        return mean_n
 
-def _mean(
-    gradients: Sequence[GradientPayload],
-    parameters: Mapping[str, torch.nn.Parameter],
-    divisor: float,
-    is_outer: bool,
-) -> dict[str, Floats]:
-    """The sum of gradients over the divisor; of movements, the mean weighted by tokens."""
-    weights = [payload.stats.num_tokens if is_outer else 1.0 for payload in gradients]
-    divisor = max(sum(weights), 1.0) if is_outer else divisor
-    means = {}
-    for name, parameter in parameters.items():
-        # Double precision, so that how the batch was sliced does not show in the sum.
-        total = np.zeros(parameter.shape, dtype=np.float64)
-        for payload, weight in zip(gradients, weights, strict=True):
+    def _vector_n(self, payload: GradientPayload) -> Floats:
+        """The values of one accepted gradient."""
+        arrays = []
+        for name, parameter in self._parameters.items():
             array = payload.gradients.get(name)
-            if array is None or array.shape != total.shape:
+            if array is None or array.shape != parameter.shape:
                 raise InvariantBroken(f"An accepted gradient has no array {name} that fits.")
-            total += weight * array.astype(np.float64)
-        if not np.isfinite(total).all():
+            arrays.append(array.reshape(-1))
+        vector_n = np.concatenate(arrays)
+        if not np.isfinite(vector_n).all():
+            name = next(n for n, a in payload.gradients.items() if not np.isfinite(a).all())
             raise InvariantBroken(f"An accepted gradient is not finite in {name}; nothing moved.")
-        means[name] = (total / divisor).astype(np.float32)
-    return means
+        return vector_n
 
 
 def _foreign_state() -> InvalidRequest:

@@ -417,19 +417,21 @@ class _Reader:
 
     def __init__(self, what: str, data: bytes, max_bytes: int) -> None:
         self._what = what
-        self._digest = ""
+        self._evidence: bytes | None = None
         limit = max_bytes + HEADER_ALLOWANCE_BYTES
         if len(data) > limit:
             raise self.fault("bytes", f"number {len(data)} where at most {limit} fit the task")
-        self._digest = sha256_hex(data)
+        self._evidence = data
         try:
             self._arrays = safetensors.numpy.load(data)
         except (safetensors.SafetensorError, ValueError, KeyError, AttributeError):
             raise self.fault("bytes", "are not a safetensors file") from None
 
     def fault(self, name: str, why: str) -> PeerFault:
+        # Hashed only where something is wrong; what is too large is not even hashed.
+        digest = "" if self._evidence is None else sha256_hex(self._evidence)
         return PeerFault(
-            f"The {self._what}'s {name[:100]} {why}.", code="malformed", evidence=self._digest
+            f"The {self._what}'s {name[:100]} {why}.", code="malformed", evidence=digest
         )
 
     def shaped(self, name: str, dtype: type[_T], shape: tuple[int, ...]) -> NDArray[_T]:

@@ -58,7 +58,7 @@ def unflatten(
     """The arrays `flatten` joined."""
     arrays, start = {}, 0
     for name in sorted(shapes):
-        size = int(np.prod(shapes[name], dtype=np.int64))
+        size = math.prod(shapes[name])
         arrays[name] = vector_n[start : start + size].reshape(shapes[name])
         start += size
     return arrays

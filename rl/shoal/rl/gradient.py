@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +41,17 @@ class Group:
     @property
     def num_tokens(self) -> int:
         """Completion tokens of the group."""
-        return sum(len(row) for row in self.token_ids)
+        return sum(map(len, self.token_ids))
 
     @property
     def num_teaching_tokens(self) -> int:
         """Completion tokens of the rows with a gradient: what differentiating them costs."""
-        return sum(len(self.token_ids[n]) for n in np.flatnonzero(self.teaching))
+        return sum(map(len, compress(self.token_ids, self.teaching.tolist())))
 
     @property
     def teaches(self) -> bool:
         """Whether any row has a gradient."""
-        return bool(self.teaching.any())
+        return any(self.teaching.tolist())
 
 
 @dataclass(frozen=True, kw_only=True)

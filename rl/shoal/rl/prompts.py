@@ -10,8 +10,10 @@ import bisect
 import hashlib
 import itertools
 import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.job import EnvSpec
@@ -137,12 +139,12 @@ def _choose(job_id: str, environment: int, count: int, size: int) -> list[int]:
 
 def _hash(purpose: str, job_id: str, first: int, second: int) -> tuple[int, int, int, int]:
     """Four 64-bit words of SHA-256 over a domain name, the job and two numbers."""
-    data = (
-        f"shoal/{purpose}/1\0".encode()
-        + bytes.fromhex(job_id.removeprefix("0x"))
-        + first.to_bytes(8, "big")
-        + second.to_bytes(8, "big")
-    )
-    digest = hashlib.sha256(data).digest()
-    words = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8)]
-    return words[0], words[1], words[2], words[3]
+    data = _domain(purpose, job_id) + struct.pack(">2Q", first, second)
+    words: tuple[int, int, int, int] = struct.unpack(">4Q", hashlib.sha256(data).digest())
+    return words
+
+
+@lru_cache(maxsize=64)
+def _domain(purpose: str, job_id: str) -> bytes:
+    """What is hashed before the numbers."""
+    return f"shoal/{purpose}/1\0".encode() + bytes.fromhex(job_id.removeprefix("0x"))

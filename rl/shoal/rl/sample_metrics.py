@@ -4,7 +4,7 @@ Every spread is the sample standard deviation (divided by n − 1), as TRL has i
 are easily confused: ``reward_std`` is over the whole batch, ``group_reward_std`` is the mean of
 those inside the groups, which is what teaches.
 
-Axes: ``p`` prompt (group), ``g`` completion of the prompt.
+Axes: ``p`` prompt (group), ``g`` completion of the prompt, ``b`` completion of any prompt.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledGroup:
-    """What metrics need of one prompt's completions.
+class SampledBatch:
+    """What metrics need of a batch: groups of equal size, at least one.
 
-    ``environment`` is its number in the job; ``truncated`` marks completions cut off at the
-    length limit; ``staleness`` is how many versions older the policy that sampled them is than
-    the one they are applied to.
+    ``environments_p`` are the prompts' environments, by number in the job; ``truncated_b`` marks
+    completions cut off at the length limit; ``staleness_p`` is how many versions older the
+    policy that sampled a group is than the one it is applied to.
     """
 
-    environment: int
-    rewards: Sequence[float]
-    lengths: Sequence[int]
-    truncated: Sequence[bool]
-    staleness: int
+    environments_p: Ints
+    rewards_pg: Numbers
+    lengths_b: Ints
+    truncated_b: NDArray[np.bool_]
+    staleness_p: Ints
 
 
-def sample_metrics(groups: Sequence[SampledGroup], names: Sequence[str]) -> dict[str, float]:
-    """The figures of groups of equal size, at least one; ``names`` are the environments'."""
-    staleness = np.array([group.staleness for group in groups], dtype=np.float64)
+def sample_metrics(batch: SampledBatch, names: Sequence[str]) -> dict[str, float]:
+    """The figures of ``batch``; ``names`` are the environments'."""
     return {
-        **_reward_metrics(groups, names),
-        **_length_metrics(groups),
-        "sample/staleness_mean": float(staleness.mean()),
-        "sample/staleness_max": float(staleness.max()),
+        **_reward_metrics(batch.rewards_pg, batch.environments_p, names),
+        **_length_metrics(batch.lengths_b, batch.truncated_b),
+        "sample/staleness_mean": float(batch.staleness_p.mean()),
+        "sample/staleness_max": float(batch.staleness_p.max()),
     }
 
 
-def _reward_metrics(groups: Sequence[SampledGroup], names: Sequence[str]) -> dict[str, float]:
-    rewards_pg = np.array([group.rewards for group in groups], dtype=np.float64)
+def _reward_metrics(
+    rewards_pg: Numbers, environments_p: Ints, names: Sequence[str]
+) -> dict[str, float]:
     flat = (rewards_pg == rewards_pg[:, :1]).all(axis=1)
     figures = {
         "reward": float(rewards_pg.mean()),
@@ -54,7 +55,6 @@ def _reward_metrics(groups: Sequence[SampledGroup], names: Sequence[str]) -> dic
         "group_reward_std": float(_group_spreads_p(rewards_pg, flat).mean()),
         "frac_reward_zero_std": float(flat.mean()),
     }
-    environments_p = np.array([group.environment for group in groups])
     for number, name in enumerate(names):
         own_pg = rewards_pg[environments_p == number]
         if own_pg.size:
@@ -63,17 +63,15 @@ def _reward_metrics(groups: Sequence[SampledGroup], names: Sequence[str]) -> dic
     return figures
 
 
-def _length_metrics(groups: Sequence[SampledGroup]) -> dict[str, float]:
-    lengths = np.array([n for group in groups for n in group.lengths], dtype=np.float64)
-    truncated = np.array([cut for group in groups for cut in group.truncated], dtype=np.bool_)
+def _length_metrics(lengths_b: Ints, truncated_b: NDArray[np.bool_]) -> dict[str, float]:
     # Zeros where none ended, as TRL has it.
-    ended = lengths[~truncated] if not truncated.all() else np.zeros(1)
+    ended = lengths_b[~truncated_b] if not truncated_b.all() else np.zeros(1)
     return {
-        "num_tokens": float(lengths.sum()),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": float(truncated.mean()),
+        "num_tokens": float(lengths_b.sum()),
+        "completions/mean_length": float(lengths_b.mean()),
+        "completions/min_length": float(lengths_b.min()),
+        "completions/max_length": float(lengths_b.max()),
+        "completions/clipped_ratio": float(truncated_b.mean()),
         "completions/mean_terminated_length": float(ended.mean()),
         "completions/min_terminated_length": float(ended.min()),
         "completions/max_terminated_length": float(ended.max()),
