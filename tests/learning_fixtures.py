@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,11 @@ class Lab:
             eval_sizes=[env.num_tasks(Split.EVAL) for env in environments],
         )
         return cls(folder, policy, environments, plan)
+
+    @cached_property
+    def auditor(self) -> Policy:
+        """Another policy over the same base: its weights change while ``policy`` is in use."""
+        return Policy.load(self.folder, self.plan.spec.lora, seed=0)
 
     def version(self, number: int = 1) -> PolicyVersion:
         return PolicyVersion(

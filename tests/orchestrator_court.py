@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,26 +10,40 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from learning_fixtures import Lab as School
+from learning_fixtures import spread_rewards
 from orchestrator_lab import Lab, Peer, Sale, open_lab, until
 
 from shoal.orchestrator.leases import LiveLease
 from shoal.orchestrator.main import Orchestrator
 from shoal.protocol.job import JobSpec
+from shoal.protocol.learning import GradientSpec
+from shoal.protocol.market import TaskKind
 from shoal.protocol.node import LeaseOffer, ResultMessage
 from shoal.protocol.result import Verdict
 from shoal.protocol.task import RolloutTask, Task
-from shoal.rl.batch import RolloutPayload, RowLimits
-from shoal.rl.rollout import run_rollout
+from shoal.rl.batch import GradientSlice, RolloutPayload, RowLimits
+from shoal.rl.environments import Split
+from shoal.rl.gradient import encode_slice, make_groups
+from shoal.rl.rollout import encode_prompts, run_rollout
 
 
 class Court:
     """A job whose policy is real, a worker, and the judge at work."""
 
-    def __init__(self, lab: Lab, school: School, job: str, peer: Peer, sale: Sale) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        school: School,
+        job: str,
+        peer: Peer,
+        sale: Sale,
+        judging: asyncio.Task[None],
+    ) -> None:
         self.lab, self.school, self.job, self.peer, self.sale = lab, school, job, peer, sale
         self.verifier = lab.orchestrator.verifier
         self.member = lab.orchestrator.roster.member(peer.node)
         self.ledger = lab.orchestrator.settler.ledger(job)
+        self.judging = judging
 
     async def lease(self, peer: Peer | None = None) -> tuple[LeaseOffer, LiveLease]:
         return await self.lab.lease(peer or self.peer, self.sale)
@@ -87,10 +102,34 @@ class Court:
         return signed.record
 
 
+async def gradient_sale(
+    lab: Lab, school: School, job: str, spec: GradientSpec
+) -> tuple[Sale, GradientSlice]:
+    """A gradient over rows that the school's policy sampled, on the market; and those rows."""
+    plan = school.plan
+    rollout = plan.rollout(0, school.version(), plan.prompts(0), range(2))
+    prompts = encode_prompts(school.policy, school.environments, rollout.prompts, Split.TRAIN)
+    limits = RowLimits(num_prompts=2, num_rows=8, max_tokens=5, vocab_size=school.policy.vocab_size)
+    drawn = RolloutPayload.decode(run_rollout(school.policy, rollout, school.environments), limits)
+    rows = encode_slice(make_groups(drawn, prompts, spread_rewards(8), 4, plan.spec.loss))
+    ref = lab.context.blobs.put_bytes(rows.encode(), pin=True)
+    task = plan.gradient(0, school.version(), ref, num_rows=8, num_groups=2)
+    sale = Sale(job, 2, 1_000, 2)
+    lot = sale.workload.lot
+    lot_class = lot.lot_class.model_copy(update={"kind": TaskKind.GRADIENT})
+    sale.workload.lot = lot.model_copy(update={"lot_class": lot_class})
+    sale.make = lambda units: task.model_copy(update={"gradient": spec})
+    await lab.orchestrator.auctioneer.open(sale.workload)
+    return sale, rows
+
+
 def learner_of(school: School, spec: JobSpec | None = None) -> Any:
     """What a running job has learnt with, as far as a judge asks for it."""
     return SimpleNamespace(
-        auditor=school.policy, spec=spec or school.plan.spec, environments=school.environments
+        policy=school.policy,
+        auditor=school.auditor,
+        spec=spec or school.plan.spec,
+        environments=school.environments,
     )
 
 
@@ -125,5 +164,5 @@ async def court(
         sale.workload.verify = sale.workload.verify.model_copy(
             update={"spot_check_rate": spot_check_rate}
         )
-        lab.start(lab.orchestrator.verifier.run())
-        yield Court(lab, school, job, await lab.peer(), sale)
+        judging = lab.start(lab.orchestrator.verifier.run())
+        yield Court(lab, school, job, await lab.peer(), sale, judging)

@@ -515,7 +515,7 @@ async def open_lab(
     network = MemoryNetwork(hub, identity, limits=limits)
     await network.start()
     database = Database(config.resolved_database_url())
-    compute = ThreadPoolExecutor(max_workers=1)
+    compute, auditing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
     context = Context(
         config=config,
         database=database,
@@ -528,6 +528,7 @@ async def open_lab(
         domain=DOMAIN,
         time=clock or now,
         compute=compute,
+        auditing=auditing,
     )
     lab = Lab(context, hub, chain, now)
     await lab.orchestrator.outbox.open()
@@ -537,6 +538,7 @@ async def open_lab(
         await lab.close()
         await network.stop()
         compute.shutdown()
+        auditing.shutdown()
         database.close()
 
 

@@ -178,7 +178,10 @@ class Fleet:
         self._job = await lab.add_job(funded_micros=FUNDS_MICROS)
         lab.context.blobs.put_bytes(school.policy.adapter_bytes(), pin=True)
         learner = SimpleNamespace(
-            auditor=school.policy, spec=school.plan.spec, environments=school.environments
+            policy=school.policy,
+            auditor=school.auditor,
+            spec=school.plan.spec,
+            environments=school.environments,
         )
         running = SimpleNamespace(learner=learner, selling=False, policy=None)
         lab.orchestrator.jobs._running[self._job] = cast(Any, running)

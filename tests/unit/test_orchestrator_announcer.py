@@ -11,6 +11,7 @@ from orchestrator_lab import Lab, arrival, open_lab, run
 from sealed_market import Stage
 
 from shoal.orchestrator import announcer as announcer_module
+from shoal.orchestrator.announcer import TOLD_AGAIN_MS
 from shoal.protocol.announcement import (
     CERTIFICATES_TOPIC,
     LOTS_TOPIC,
@@ -65,6 +66,33 @@ def test_a_burst_of_lots_is_a_few_messages_and_the_oldest_give_way(tmp_path: Pat
                 told += [announced.epoch for announced in message.record.lots]
             assert told == list(range(6 * MAX_LOTS, 10 * MAX_LOTS))
             assert heard.empty()
+
+    run(scenario)
+
+
+def test_of_a_job_that_was_told_of_no_lot_is_told_for_a_while(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
+            announcer.lot(lot(epoch=1))
+            announcer.lot(lot(epoch=2))
+            await announcer.flush()
+            assert len(SignedLots.decode(await arrival(heard)).record.lots) == 2
+            other = lot(job_id=f"0x{1:064x}")
+            lab.time.advance(TOLD_AGAIN_MS - 1)
+            announcer.lot(lot(epoch=3))
+            announcer.lot(other)
+            await announcer.flush()
+            assert SignedLots.decode(await arrival(heard)).record.lots == (other,)
+            lab.time.advance(1)
+            announcer.lot(lot(epoch=4))
+            await announcer.flush()
+            assert SignedLots.decode(await arrival(heard)).record.lots == (lot(epoch=4),)
+            # A clock that was set back must not silence it.
+            lab.time.advance(-60_000)
+            announcer.lot(lot(epoch=5))
+            await announcer.flush()
+            assert SignedLots.decode(await arrival(heard)).record.lots == (lot(epoch=5),)
 
     run(scenario)
 
@@ -190,11 +218,11 @@ def test_the_announcer_runs_by_itself_and_rests_between_rounds(
         async with open_lab(tmp_path) as lab:
             heard, announcer = await listen(lab, LOTS_TOPIC), lab.orchestrator.auctioneer.announcer
             running = lab.start(announcer.run())
-            announcer.lot(lot(epoch=1))
-            assert SignedLots.decode(await arrival(heard)).record.lots[0].epoch == 1
+            announcer.lot(lot(job_id=f"0x{1:064x}"))
+            assert len(SignedLots.decode(await arrival(heard)).record.lots) == 1
             # Told while it rests: both go together when it wakes.
-            announcer.lot(lot(epoch=2))
-            announcer.lot(lot(epoch=3))
+            announcer.lot(lot(job_id=f"0x{2:064x}"))
+            announcer.lot(lot(job_id=f"0x{3:064x}"))
             assert len(SignedLots.decode(await arrival(heard)).record.lots) == 2
             assert not running.done()
 

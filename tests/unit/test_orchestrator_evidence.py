@@ -11,23 +11,19 @@ from typing import cast
 import numpy as np
 import pytest
 from learning_fixtures import Lab as School
-from learning_fixtures import spread_rewards, write_base
-from orchestrator_court import taught
-from orchestrator_lab import Lab, Peer, Sale, open_lab, run, until
+from learning_fixtures import write_base
+from orchestrator_court import gradient_sale, taught
+from orchestrator_lab import Lab, Peer, open_lab, run, until
 
 from shoal.protocol.canonical import sha256_hex
 from shoal.protocol.errors import Unauthorised
 from shoal.protocol.ids import LeaseId, PeerId
 from shoal.protocol.learning import CodecKind, CodecSpec, GradientSpec
-from shoal.protocol.market import TaskKind
 from shoal.protocol.node import EVIDENCE_PROTOCOL, EvidenceReply, EvidenceRequest
 from shoal.protocol.result import Verdict
 from shoal.protocol.task import GradientTask
 from shoal.rl import codec
-from shoal.rl.batch import RolloutPayload, RowLimits
-from shoal.rl.environments import Split
-from shoal.rl.gradient import encode_slice, make_groups, run_gradient
-from shoal.rl.rollout import encode_prompts, run_rollout
+from shoal.rl.gradient import run_gradient
 
 SPEC = GradientSpec(
     codec=CodecSpec(kind=CodecKind.TOPK, chunk=256, keep=64, bits=2, error_feedback=0.9)
@@ -52,41 +48,20 @@ class Bench:
 
     async def gradient(self, residual: bytes | None = None) -> tuple[Verdict, bytes]:
         """One leased gradient that continues from ``residual``: its verdict, what it left."""
-        offer, live = await self.lab.lease(self.peer, await self._sale())
+        sale, rows = await gradient_sale(self.lab, self.school, self.job, SPEC)
+        offer, live = await self.lab.lease(self.peer, sale)
         task = cast(GradientTask, offer.task)
         data = self.lab.context.blobs.read(task.slice.sha256)
         output = run_gradient(self.school.policy, task, data, residual=residual)
         assert output.residual is not None
         self.kept |= {sha256_hex(r): r for r in (residual, output.residual) if r is not None}
         self.lab.context.blobs.put_bytes(output.payload)
-        tokens = sum(len(row) for row in self._rows.token_ids)
-        await self.peer.submit(self.peer.message(offer, output.payload, num_tokens=tokens))
+        message = self.peer.message(offer, output.payload, num_tokens=rows.num_tokens)
+        await self.peer.submit(message)
         await until(lambda: live.record.state.is_final)
         member = self.lab.orchestrator.roster.member(self.peer.node)
         signed = member.undelivered[LeaseId(live.lease.lease_id)]
         return signed.record, output.residual
-
-    async def _sale(self) -> Sale:
-        school, plan = self.school, self.school.plan
-        rollout = plan.rollout(0, school.version(), plan.prompts(0), range(2))
-        prompts = encode_prompts(school.policy, school.environments, rollout.prompts, Split.TRAIN)
-        limits = RowLimits(
-            num_prompts=2, num_rows=8, max_tokens=5, vocab_size=school.policy.vocab_size
-        )
-        drawn = RolloutPayload.decode(
-            run_rollout(school.policy, rollout, school.environments), limits
-        )
-        groups = make_groups(drawn, prompts, spread_rewards(8), 4, plan.spec.loss)
-        self._rows = encode_slice(groups)
-        ref = self.lab.context.blobs.put_bytes(self._rows.encode(), pin=True)
-        task = plan.gradient(0, school.version(), ref, num_rows=8, num_groups=2)
-        sale = Sale(self.job, 2, 1_000, 2)
-        lot = sale.workload.lot
-        lot_class = lot.lot_class.model_copy(update={"kind": TaskKind.GRADIENT})
-        sale.workload.lot = lot.model_copy(update={"lot_class": lot_class})
-        sale.make = lambda units: task.model_copy(update={"gradient": SPEC})
-        await self.lab.orchestrator.auctioneer.open(sale.workload)
-        return sale
 
     async def _on_evidence(self, peer: PeerId, data: bytes) -> bytes:
         request = EvidenceRequest.decode(data)

@@ -28,7 +28,12 @@ from shoal.rl.gradient import (
 )
 from shoal.rl.gradient_audit import ResidualEvidence
 from shoal.rl.local import blob_of
-from shoal.rl.verification import GradientVerification, verify_gradient
+from shoal.rl.verification import (
+    GradientVerification,
+    audit_gradient,
+    due_gradient,
+    verify_gradient,
+)
 
 TOPK = CodecSpec(kind=CodecKind.TOPK, chunk=256, keep=64, bits=2, error_feedback=0.9)
 SPECS = {
@@ -102,6 +107,25 @@ def test_honest_gradients_pass_whatever_the_order_of_their_sums(
     monkeypatch.undo()
     verdict = judge(lab, work, other)
     assert verdict.accepted, verdict.checks[-1].detail
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_an_audit_finds_the_same_bit_for_bit_when_it_was_recomputed_ahead(
+    lab: Lab, groups: list[Group], kind: str
+) -> None:
+    work = work_of(lab, groups, SPECS[kind])
+    task, rows = work
+    ahead = due_gradient(lab.policy, task, rows, lambda tokens: None)
+    later = slice_gradient(lab.policy, task, decode_slice(lab.policy, task, rows))
+    assert ahead.stats == later.stats
+    for name, array in later.gradients.items():
+        assert np.array_equal(ahead.gradients[name], array)
+    data = run_gradient(lab.policy, *work).payload
+    cheap, evidence = judge(lab, work, data, audit=False), ResidualEvidence()
+    verdict = audit_gradient(lab.policy, task, cheap, evidence, ahead)
+    assert verdict.accepted
+    assert verdict.checks == judge(lab, work, data).checks
+    assert len(verdict.checks) > len(cheap.checks)
 
 
 @pytest.mark.parametrize("cheat", ["flipped", "scaled", "half", "slice", "stale"])

@@ -1,15 +1,16 @@
 """Tells everybody at once, by gossip, what the market and the learner have just made.
 
 Whatever arrives in a burst is told together, so that no topic carries more than one message a
-second: beyond that, py-libp2p's gossip costs every listener more than it saves.
+second: beyond that, py-libp2p's gossip costs every listener more than it saves.  A lot is news
+only to who has not heard of its job, so after one of a job was told the next are passed over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from shoal.orchestrator.context import Context
@@ -40,6 +41,12 @@ PAUSE_S: Final = 1.0
 """Between two messages on a topic.  A message costs about 10 ms of CPU, shared by orchestrator and
 two workers (`benchmarks/overhead`), and each is news only to whoever waits for it."""
 
+TOLD_AGAIN_MS: Final = 30_000
+"""A job's lots are passed over for so long after one was told: who heard of the job by then wants
+no more, and who did not learns of it with a heartbeat."""
+
+_MAX_TOLD: Final = 1_024
+
 _WRAPPING_BYTES: Final = 256
 """What a message of certificates has beside them: names, time, signature."""
 
@@ -59,6 +66,7 @@ class Announcer:
         self._context = context
         self._sources = sources
         self._lots: deque[Lot] = deque(maxlen=_MAX_WAITING)
+        self._told_ms: OrderedDict[str, int] = OrderedDict()
         self._jobs: deque[str] = deque(maxlen=_MAX_WAITING)
         self._policies: dict[str, PolicyVersion] = {}
         self._certificates: deque[Signed[ClearingCertificate]] = deque(maxlen=_MAX_WAITING)
@@ -70,9 +78,12 @@ class Announcer:
         self._told.set()
 
     def lot(self, lot: Lot) -> None:
-        """The lot will be announced."""
-        self._lots.append(lot)
-        self._told.set()
+        """The lot will be announced, unless one of its job just was."""
+        told_ms = self._told_ms.get(lot.job_id)
+        # A clock that was set back must not silence a job.
+        if told_ms is None or not 0 <= self._context.time.now_ms() - told_ms < TOLD_AGAIN_MS:
+            self._lots.append(lot)
+            self._told.set()
 
     def policy(self, policy: PolicyVersion) -> None:
         """The version will be announced, unless the job has a newer one by then."""
@@ -102,7 +113,8 @@ class Announcer:
             lots = tuple(self._lots.popleft() for _ in range(min(MAX_LOTS, len(self._lots))))
             jobs = tuple(self._jobs.popleft() for _ in range(min(MAX_LOTS, len(self._jobs))))
             lot_record = LotAnnouncement(lots=lots, jobs=jobs, announced_at_ms=now_ms)
-            await self._publish(LOTS_TOPIC, self._signed(lot_record))
+            if await self._publish(LOTS_TOPIC, self._signed(lot_record)):
+                self._note_told(lots, now_ms)
         if self._policies:
             policies, self._policies = tuple(self._policies.values()), {}
             policy_record = PolicyAnnouncement(
@@ -133,14 +145,24 @@ class Announcer:
     ) -> Record:
         return sign(record, self._context.domain, self._context.account)
 
-    async def _publish(self, topic: str, record: Record) -> None:
+    def _note_told(self, lots: Sequence[Lot], now_ms: int) -> None:
+        for lot in lots:
+            self._told_ms[lot.job_id] = now_ms
+            self._told_ms.move_to_end(lot.job_id)
+        while len(self._told_ms) > _MAX_TOLD:
+            self._told_ms.popitem(last=False)
+
+    async def _publish(self, topic: str, record: Record) -> bool:
+        """Whether gossip took it."""
         payload = record.encode()
         if len(payload) > MAX_ANNOUNCEMENT_BYTES:
             # A certificate of very many parcels: its readers ask for it over HTTP anyway.
             _log.info("too_large_to_announce", extra={"topic": topic, "size_bytes": len(payload)})
-            return
+            return False
         whose = topic_of(topic, self._context.domain, self._context.account.address)
         try:
             await self._context.network.publish(whose, payload)
         except ShoalError as error:
             _log.warning("not_announced", extra={"topic": topic, "reason": error.message})
+            return False
+        return True

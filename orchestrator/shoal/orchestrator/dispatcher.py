@@ -100,6 +100,8 @@ class Dispatcher:
         """Called with a node that may take more units, whose lease may have left some waiting."""
         self.on_served: Callable[[LiveLease, int], None] = lambda live, spent_ms: None
         """Called with an accepted lease and the worker time it took."""
+        self.on_taken: Callable[[LiveLease], None] = lambda live: None
+        """Called with a lease that its node has just taken."""
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind; a submitted result no longer counts."""
@@ -251,6 +253,7 @@ class Dispatcher:
             )
             if not live.workload.waiting:
                 live.workload.handed_out.set()
+            self.on_taken(live)
         except ShoalError as error:
             await self._unanswered(live, error.message)
 

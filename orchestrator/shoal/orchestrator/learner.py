@@ -35,7 +35,8 @@ from shoal.rl.gradient import Group, batch_divisor
 class Learner:
     """Holds the current policy and the one the verifier recomputes with.
 
-    The two are apart so that recomputing an old version never disturbs the current one.
+    The two are apart so that recomputing an old version, which the audit thread does, never
+    disturbs the current one.
 
     Args:
         job: The job.

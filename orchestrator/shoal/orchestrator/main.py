@@ -107,7 +107,13 @@ class Orchestrator:
             deltas,
         )
         self.verifier = Verifier(
-            context, self.journal, self.settler, self.dispatcher, self.record, self.jobs
+            context,
+            self.journal,
+            self.settler,
+            self.dispatcher,
+            self.record,
+            self.jobs,
+            self.roster,
         )
         self.standstills = Standstills(
             context, self.journal, self.sealer, self.auctioneer, self.dispatcher, self.jobs
@@ -238,6 +244,8 @@ async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
         stack.push_async_callback(network.stop)
         compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         stack.callback(compute.shutdown, wait=True, cancel_futures=True)
+        auditing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit")
+        stack.callback(auditing.shutdown, wait=True, cancel_futures=True)
         yield Context(
             config=config,
             database=database,
@@ -250,6 +258,7 @@ async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
             domain=Domain(chain_id=deployment.chain_id, escrow=deployment.job_escrow),
             time=SystemTime(),
             compute=compute,
+            auditing=auditing,
         )
 
 

@@ -137,7 +137,7 @@ class Vitals:
             "results_waiting",
             "Results that wait for their verdict.",
             None,
-            {"": self._dispatcher.submissions.qsize()},
+            {"": leases[LeaseState.SUBMITTED]},
         )
         held = {"": self._context.blobs.total_bytes}
         yield _gauge("blob_store_bytes", "Blobs on this disk.", None, held)

@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shoal.market.lease import LeaseState
+from shoal.orchestrator.checks import check_result, payload_of
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.placement import Parcel
@@ -20,11 +21,10 @@ from shoal.protocol.errors import ShoalError
 from shoal.protocol.market import Lease
 from shoal.protocol.result import Result
 from shoal.protocol.signing import Signed
-from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask, Task
+from shoal.protocol.task import Task
 from shoal.provenance.statement import work_statement
 from shoal.rl.gradient_audit import ResidualEvidence
 from shoal.rl.plan import task_stem
-from shoal.rl.verification import verify_evaluate, verify_gradient, verify_rollout
 
 _log = logging.getLogger(__name__)
 
@@ -94,39 +94,9 @@ class Recall:
 
     def _payload(self, task: Task, result: Result) -> object | None:
         """What the verifier handed on when it accepted the result."""
-        learner = self._learner
-        data = self._context.blobs.read(result.payload.sha256)
-        tolerance = learner.spec.verify.logprob_tolerance
-        match task:
-            case RolloutTask():
-                rollout = verify_rollout(
-                    learner.auditor,
-                    task,
-                    result,
-                    data,
-                    learner.environments,
-                    audit=False,
-                    tolerance=tolerance,
-                )
-                return rollout if rollout.accepted else None
-            case EvaluateTask():
-                evaluated = verify_evaluate(
-                    learner.auditor,
-                    task,
-                    result,
-                    data,
-                    learner.environments,
-                    audit=False,
-                    tolerance=tolerance,
-                )
-                return evaluated if evaluated.accepted else None
-            case GradientTask():
-                rows = self._context.blobs.read(task.slice.sha256)
-                accepted = ResidualEvidence(spendable=None)
-                gradient = verify_gradient(
-                    learner.auditor, task, result, data, rows, audit=False, evidence=accepted
-                )
-                return gradient.payload if gradient.accepted else None
+        accepted = ResidualEvidence(spendable=None)
+        blobs = self._context.blobs
+        return payload_of(check_result(self._learner, blobs, task, result, accepted))
 
 
 def _accepted(session: Session, job_id: str, stems: Collection[str]) -> list[LeaseRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
 
 from sqlalchemy.orm import Session
@@ -15,13 +15,16 @@ from shoal.market.lease import LeaseRecord, judge
 from shoal.market.reputation import Outcome
 from shoal.market.settlement import PayEntry
 from shoal.network.identity import public_key_of
+from shoal.orchestrator.audits import Audits
+from shoal.orchestrator.checks import check_result, payload_of
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.dispatcher import Dispatcher
 from shoal.orchestrator.evidence import EvidenceDesk
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
+from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.leases import LiveLease, Submission, printable
-from shoal.orchestrator.roster import Member
+from shoal.orchestrator.roster import Member, Roster
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.rows import insert_rows, update_row
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
@@ -31,7 +34,7 @@ from shoal.protocol.errors import InvariantBroken, PeerFault, ShoalError
 from shoal.protocol.ids import Digest, LeaseId, PeerId
 from shoal.protocol.result import Check, CheckName, Verdict
 from shoal.protocol.signing import sign
-from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
+from shoal.protocol.task import GradientTask
 from shoal.provenance.dsse import Envelope
 from shoal.provenance.dsse import verify as verify_envelope
 from shoal.provenance.statement import (
@@ -40,35 +43,57 @@ from shoal.provenance.statement import (
     require_same_work,
     verification_statement,
 )
-from shoal.rl import verification
 from shoal.rl.batch import GradientPayload, ResidualLink
 from shoal.rl.codec import num_values
 from shoal.rl.gradient_audit import ResidualEvidence
+from shoal.rl.verification import Verification
 
 _log = logging.getLogger(__name__)
 
 NEWCOMER_AUDITS = 10
 """A provider's first results are all recomputed. Source: docs/architecture, "Trust"."""
 
+_MAX_AUDITED = 8
+"""So many results may wait for their audits, with all that was decoded of them in memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """What the checks found; ``payload`` is present when all passed.
+    """What the checks found; ``found`` is present when they ran.
 
-    ``judged`` is false where the checks could not run: then nobody is to blame.
+    ``judged`` is false where they could not: then nobody is to blame.
     """
 
     checks: tuple[Check, ...]
-    payload: object | None
+    found: Verification | None = None
     judged: bool = True
 
     @property
     def passed(self) -> bool:
-        return self.payload is not None and all(check.passed for check in self.checks)
+        is_whole = self.found is not None and self.found.accepted
+        return is_whole and all(check.passed for check in self.checks)
+
+    @property
+    def payload(self) -> object | None:
+        """What is delivered if all passed."""
+        return None if self.found is None else payload_of(self.found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judgement:
+    """All that a verdict says; ``envelope`` is the worker's statement, absent if it is none."""
+
+    envelope: Envelope | None
+    outcome: _Outcome
+    audit: bool
 
 
 class Verifier:
-    """Judges submissions one after the other, the most urgent first."""
+    """Judges submissions one after the other, the most urgent first.
+
+    What is audited waits for its verdict beside the others; further results of the same worker
+    wait for that verdict, since it decides how often they are audited.
+    """
 
     def __init__(
         self,
@@ -78,6 +103,7 @@ class Verifier:
         dispatcher: Dispatcher,
         record: TrackRecord,
         jobs: Jobs,
+        roster: Roster,
     ) -> None:
         self._context = context
         self._journal = journal
@@ -85,10 +111,17 @@ class Verifier:
         self._dispatcher = dispatcher
         self._record = record
         self._jobs = jobs
+        self._roster = roster
+        self._audits = Audits(context)
+        dispatcher.on_taken = self._foresee
         self._draw: Callable[[], float] = secrets.SystemRandom().random
         self.evidence_desk = EvidenceDesk(context)
         self._evidence: dict[str, ResidualEvidence] = {}
-        self._collecting: set[asyncio.Task[None]] = set()
+        self._audited: dict[str, _Judgement] = {}
+        self._held: dict[str, list[Submission]] = {}
+        """By node one of whose results is being audited: what else it handed in meanwhile."""
+        self._room = asyncio.Semaphore(_MAX_AUDITED)
+        self._beside: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Runs for ever: judges each submission."""
@@ -96,31 +129,51 @@ class Verifier:
             while True:
                 await self._take(await self._dispatcher.submissions.get())
         finally:
-            for task in self._collecting:
+            for task in self._beside:
                 task.cancel()
+            self._audits.close()
+
+    def _foresee(self, live: LiveLease) -> None:
+        """A newcomer's gradient is audited in any case: that may begin before it comes."""
+        member, run = self._roster.find(live.lease.node), self._jobs.find(live.lease.job_id)
+        if member is not None and run is not None and member.audited < NEWCOMER_AUDITS:
+            self._audits.foresee(run.learner, live)
 
     async def _take(self, submission: Submission) -> None:
         live, member = submission.live, submission.member
+        audited = self._audited.pop(live.lease.lease_id, None)
+        if audited is not None:
+            for held in self._held.pop(live.lease.node):
+                self._dispatcher.submissions.put_nowait(held)
+        elif live.lease.node in self._held:
+            self._held[live.lease.node].append(submission)
+            return
+        self._audits.forget_ended()
         evidence = self._evidence.pop(live.lease.lease_id, None)
         # Another worker's result for the same units may have been accepted meanwhile.
         if live.record.state.is_final:
             return
-        if self._jobs.find(live.lease.job_id) is None:
+        if audited is not None:
+            await self._conclude(submission, audited)
+        elif self._jobs.find(live.lease.job_id) is None:
             await self._dismiss(live)
         elif evidence is not None:
             # Only now: another gradient may have continued from it while bytes were on their way.
-            held = replace(evidence, spendable=self._spendable(live))
-            await self._judge(submission, audit=True, evidence=held)
+            known = replace(evidence, spendable=self._spendable(live))
+            await self._judge(submission, audit=True, evidence=known)
         elif not self.audits(member, live.workload.verify.spot_check_rate):
-            held = ResidualEvidence(spendable=self._spendable(live))
-            await self._judge(submission, audit=False, evidence=held)
+            known = ResidualEvidence(spendable=self._spendable(live))
+            await self._judge(submission, audit=False, evidence=known)
         elif isinstance(live.task, GradientTask) and live.task.gradient.codec.error_feedback:
             # The others are judged while the worker sends what it committed to.
-            task = asyncio.create_task(self._collect(submission))
-            self._collecting.add(task)
-            task.add_done_callback(self._collecting.discard)
+            self._do_beside(self._collect(submission))
         else:
             await self._judge(submission, audit=True, evidence=ResidualEvidence())
+
+    def _do_beside(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
     def _spendable(self, live: LiveLease) -> Collection[Digest]:
         return self.evidence_desk.spendable(live.lease.job_id, live.lease.node)
@@ -140,7 +193,7 @@ class Verifier:
     def _link(self, submission: Submission) -> tuple[ResidualLink | None, int]:
         """The residuals a gradient names, and their size; None if it is not even well formed."""
         live = submission.live
-        shapes = self._jobs.learner(live.lease.job_id).auditor.shapes()
+        shapes = self._jobs.learner(live.lease.job_id).policy.shapes()
         if not isinstance(live.task, GradientTask):
             return None, 0
         data = self._context.blobs.read(submission.message.result.payload.sha256)
@@ -159,15 +212,46 @@ class Verifier:
     async def _judge(
         self, submission: Submission, *, audit: bool, evidence: ResidualEvidence
     ) -> None:
-        live, member = submission.live, submission.member
+        """The verdict, or first an audit beside those of others if all else is in order."""
+        live, learner = submission.live, self._jobs.learner(submission.live.lease.job_id)
         envelope, fault = self._open_statement(submission)
         if fault is None:
-            outcome = await self._checked(submission, audit, evidence)
+            result, blobs = submission.message.result, self._context.blobs
+            checks = self._context.computed(
+                lambda: check_result(learner, blobs, live.task, result, evidence)
+            )
+            outcome = await self._checked(live, checks)
         else:
-            outcome = _Outcome(checks=(fault,), payload=None)
-        verdict = self._verdict(live, submission, outcome, audit)
-        member.audited += audit
-        rows = self._statements(live, envelope if outcome.passed else None, verdict)
+            outcome = _Outcome(checks=(fault,))
+        judgement = _Judgement(envelope=envelope, outcome=outcome, audit=audit)
+        if audit and outcome.passed:
+            await self._room.acquire()
+            self._held[live.lease.node] = []
+            self._do_beside(self._audit(submission, learner, judgement, evidence))
+        else:
+            await self._conclude(submission, judgement)
+
+    async def _audit(
+        self,
+        submission: Submission,
+        learner: Learner,
+        judgement: _Judgement,
+        evidence: ResidualEvidence,
+    ) -> None:
+        """The submission waits for its verdict again, with what recomputing it gave."""
+        live, found = submission.live, judgement.outcome.found
+        if found is None:
+            raise InvariantBroken(f"Lease {live.lease.lease_id} is audited and was never checked.")
+        outcome = await self._checked(live, self._audits.audit(learner, live, found, evidence))
+        self._audited[live.lease.lease_id] = replace(judgement, outcome=outcome)
+        self._dispatcher.submissions.put_nowait(submission)
+        self._room.release()
+
+    async def _conclude(self, submission: Submission, judgement: _Judgement) -> None:
+        live, member, outcome = submission.live, submission.member, judgement.outcome
+        verdict = self._verdict(live, submission, judgement)
+        member.audited += judgement.audit
+        rows = self._statements(live, judgement.envelope if outcome.passed else None, verdict)
         record = judge(
             live.record,
             accepted=verdict.accepted,
@@ -193,21 +277,20 @@ class Verifier:
             # One that is rejected is counted where it ends, with all that fail.
             self._context.network.meters.count("leases_ended", state=outcome)
 
-    async def _checked(
-        self, submission: Submission, audit: bool, evidence: ResidualEvidence
-    ) -> _Outcome:
+    async def _checked(self, live: LiveLease, work: Awaitable[Verification]) -> _Outcome:
         """The checks' outcome; one result that breaks a check must not stop the others."""
         try:
-            return await self._context.computed(lambda: self._check(submission, audit, evidence))
+            found = await work
+            return _Outcome(checks=found.checks, found=found)
         except Exception as error:
-            _log.exception("check_failed", extra={"lease_id": submission.live.lease.lease_id})
+            _log.exception("check_failed", extra={"lease_id": live.lease.lease_id})
             detail = f"{type(error).__name__}; the orchestrator's log has the details"
             if isinstance(error, ShoalError):
                 detail = error.message
         check = Check(
             name=CheckName.FORM, passed=False, detail=f"could not be judged: {detail}"[:500]
         )
-        return _Outcome(checks=(check,), payload=None, judged=False)
+        return _Outcome(checks=(check,), judged=False)
 
     def audits(self, member: Member, spot_check_rate: float) -> bool:
         """Whether this result is recomputed, drawn only now that it is committed.
@@ -234,61 +317,9 @@ class Verifier:
             return None, Check(name=CheckName.FORM, passed=False, detail=detail)
         return envelope, None
 
-    def _check(self, submission: Submission, audit: bool, evidence: ResidualEvidence) -> _Outcome:
-        live, result = submission.live, submission.message.result
-        learner = self._jobs.learner(live.lease.job_id)
-        data = self._context.blobs.read(result.payload.sha256)
-        if audit:
-            adapter = self._context.blobs.read(live.task.policy.adapter.sha256)
-            learner.auditor.load_adapter(adapter)
-        tolerance = learner.spec.verify.logprob_tolerance
-        match live.task:
-            case RolloutTask() as task:
-                rollout = verification.verify_rollout(
-                    learner.auditor,
-                    task,
-                    result,
-                    data,
-                    learner.environments,
-                    audit=audit,
-                    tolerance=tolerance,
-                )
-                return _Outcome(
-                    checks=rollout.checks, payload=rollout if rollout.accepted else None
-                )
-            case EvaluateTask() as task:
-                evaluated = verification.verify_evaluate(
-                    learner.auditor,
-                    task,
-                    result,
-                    data,
-                    learner.environments,
-                    audit=audit,
-                    tolerance=tolerance,
-                )
-                return _Outcome(
-                    checks=evaluated.checks, payload=evaluated if evaluated.accepted else None
-                )
-            case GradientTask() as task:
-                gradient = verification.verify_gradient(
-                    learner.auditor,
-                    task,
-                    result,
-                    data,
-                    self._context.blobs.read(task.slice.sha256),
-                    audit=audit,
-                    evidence=evidence,
-                )
-                return _Outcome(
-                    checks=gradient.checks,
-                    payload=gradient.payload if gradient.accepted else None,
-                )
-
-    def _verdict(
-        self, live: LiveLease, submission: Submission, outcome: _Outcome, audit: bool
-    ) -> Verdict:
+    def _verdict(self, live: LiveLease, submission: Submission, judgement: _Judgement) -> Verdict:
         lease = live.lease
-        accepted = outcome.passed
+        accepted = judgement.outcome.passed
         return Verdict(
             lease_id=lease.lease_id,
             lease_epoch=lease.lease_epoch,
@@ -297,8 +328,8 @@ class Verifier:
             accepted=accepted,
             num_units=lease.num_units if accepted else 0,
             pay_micros=self._pay(live) if accepted else 0,
-            audited=audit,
-            checks=outcome.checks,
+            audited=judgement.audit,
+            checks=judgement.outcome.checks,
         )
 
     def _pay(self, live: LiveLease) -> int:

@@ -28,7 +28,7 @@ from shoal.rl.batch import (
     GradientSlice,
     GradientStats,
 )
-from shoal.rl.differentiate import rows_that_teach
+from shoal.rl.differentiate import SliceGradient, rows_that_teach
 from shoal.rl.gradient import slice_gradient
 
 EXACT_TOLERANCE = 1e-4
@@ -131,10 +131,12 @@ def recomputed_checks(
     rows: GradientSlice,
     payload: GradientPayload,
     evidence: ResidualEvidence,
+    honest: SliceGradient | None = None,
 ) -> Iterator[Finding]:
     """Recomputes the gradient and compares, one look after the other.
 
-    The caller stops at the first that fails; later ones assume the earlier.
+    The caller stops at the first that fails; later ones assume the earlier.  ``honest`` is what
+    was recomputed before; absent, ``policy`` must hold the task's adapter.
 
     Raises:
         InvalidRequest: the recomputed gradient is not finite.
@@ -146,7 +148,8 @@ def recomputed_checks(
         yield finding
         if residual_n is not None:
             yield _residual_is_plausible(residual_n, task, payload.stats)
-    honest = slice_gradient(policy, task, rows)
+    if honest is None:
+        honest = slice_gradient(policy, task, rows)
     spec, tolerance = task.gradient.codec, _tolerance(task)
     target_n = codec.with_feedback(codec.flatten(honest.gradients), residual_n, spec)
     found = codec.deviation(payload.coded, spec, target_n)

@@ -13,12 +13,13 @@ ground for refusing tokens and log-probabilities that are sound.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
+from shoal.models.engine import OnProgress
 from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
 from shoal.models.sampling import completion_numbers, draw_uniforms_bt
@@ -30,13 +31,15 @@ from shoal.rl.batch import (
     EvaluatePayload,
     Floats,
     GradientPayload,
+    GradientSlice,
     RolloutPayload,
     RowLimits,
     prompt_sha256,
 )
+from shoal.rl.differentiate import SliceGradient
 from shoal.rl.environments import Environment, Split
 from shoal.rl.evaluation import sampling_temperature
-from shoal.rl.gradient import decode_slice
+from shoal.rl.gradient import decode_slice, slice_gradient
 from shoal.rl.gradient_audit import (
     Finding,
     ResidualEvidence,
@@ -75,10 +78,11 @@ class RolloutVerification:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateVerification:
-    """The verdict's checks and, if all passed, the verifier's own rewards."""
+    """The verdict's checks and, if all passed, the verifier's own tokens and rewards."""
 
     checks: tuple[Check, ...]
     payload: EvaluatePayload | None = None
+    prompts: Prompts = field(default_factory=list)
     rewards: Floats | None = None
 
     @property
@@ -89,15 +93,20 @@ class EvaluateVerification:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientVerification:
-    """The verdict's checks and, if all passed, the gradient to add."""
+    """The verdict's checks and, if all passed, the gradient to add and the rows it is of."""
 
     checks: tuple[Check, ...]
     payload: GradientPayload | None = None
+    rows: GradientSlice | None = None
 
     @property
     def accepted(self) -> bool:
         """Whether every check passed."""
         return self.payload is not None
+
+
+Verification: TypeAlias = RolloutVerification | EvaluateVerification | GradientVerification
+_Verified = TypeVar("_Verified", RolloutVerification, EvaluateVerification, GradientVerification)
 
 
 def verify_rollout(
@@ -130,13 +139,31 @@ def verify_rollout(
         checks.termination(payload, policy.eos_ids, task.sampling.max_tokens)
         rewards = _rewards(policy, payload, environments, task.prompts, Split.TRAIN)
         checks.rewards(payload, rewards)
-        if audit:
-            require_version(policy, task.policy)
-            _audit_logprobs(checks, policy, task, payload, prompts, tolerance)
     except _FailedError:
         return RolloutVerification(checks=tuple(checks.done))
-    return RolloutVerification(
+    found = RolloutVerification(
         checks=tuple(checks.done), payload=payload, prompts=prompts, rewards=rewards
+    )
+    return audit_rollout(policy, task, found, tolerance=tolerance) if audit else found
+
+
+def audit_rollout(
+    policy: Policy, task: RolloutTask, found: RolloutVerification, *, tolerance: float
+) -> RolloutVerification:
+    """``found``, which passed without audit, and whether it passes the audit too.
+
+    Only the model is used, so another thread may make the checks that need none.
+
+    Raises:
+        InvalidRequest: ``policy`` does not hold the task's adapter.
+    """
+    require_version(policy, task.policy)
+    payload = found.payload
+    if payload is None:
+        return found
+    return _checked_further(
+        found,
+        lambda checks: _audit_logprobs(checks, policy, task, payload, found.prompts, tolerance),
     )
 
 
@@ -172,12 +199,26 @@ def verify_evaluate(
         checks.termination(payload, policy.eos_ids, task.max_tokens)
         rewards = _rewards(policy, payload, environments, task.prompts, Split.EVAL)
         checks.rewards(payload, rewards)
-        if audit:
-            require_version(policy, task.policy)
-            _audit_evaluation(checks, policy, task, payload, prompts, tolerance)
     except _FailedError:
         return EvaluateVerification(checks=tuple(checks.done))
-    return EvaluateVerification(checks=tuple(checks.done), payload=payload, rewards=rewards)
+    found = EvaluateVerification(
+        checks=tuple(checks.done), payload=payload, prompts=prompts, rewards=rewards
+    )
+    return audit_evaluation(policy, task, found, tolerance=tolerance) if audit else found
+
+
+def audit_evaluation(
+    policy: Policy, task: EvaluateTask, found: EvaluateVerification, *, tolerance: float
+) -> EvaluateVerification:
+    """`audit_rollout` for an evaluation."""
+    require_version(policy, task.policy)
+    payload = found.payload
+    if payload is None:
+        return found
+    return _checked_further(
+        found,
+        lambda checks: _audit_evaluation(checks, policy, task, payload, found.prompts, tolerance),
+    )
 
 
 def verify_gradient(
@@ -212,13 +253,50 @@ def verify_gradient(
         checks.num_tokens(result, rows.num_tokens)
         checks.gradient(check_plausible(payload, task, rows))
         checks.gradient(check_link(payload, evidence))
-        if audit:
-            require_version(policy, task.policy)
-            for check in recomputed_checks(policy, task, rows, payload, evidence):
-                checks.gradient(check)
     except _FailedError:
         return GradientVerification(checks=tuple(checks.done))
-    return GradientVerification(checks=tuple(checks.done), payload=payload)
+    found = GradientVerification(checks=tuple(checks.done), payload=payload, rows=rows)
+    return audit_gradient(policy, task, found, evidence) if audit else found
+
+
+def audit_gradient(
+    policy: Policy,
+    task: GradientTask,
+    found: GradientVerification,
+    evidence: ResidualEvidence,
+    honest: SliceGradient | None = None,
+) -> GradientVerification:
+    """`audit_rollout` for a gradient.
+
+    ``honest`` is what `due_gradient` gave for the task; then ``policy`` may hold any adapter.
+    """
+    if honest is None:
+        require_version(policy, task.policy)
+    payload, rows = found.payload, found.rows
+    if payload is None or rows is None:
+        return found
+
+    def look(checks: _Checklist) -> None:
+        for finding in recomputed_checks(policy, task, rows, payload, evidence, honest):
+            checks.gradient(finding)
+
+    return _checked_further(found, look)
+
+
+def due_gradient(
+    policy: Policy, task: GradientTask, slice_bytes: bytes, on_progress: OnProgress
+) -> SliceGradient:
+    """What an audit of any answer to ``task`` recomputes, before there is one.
+
+    ``on_progress`` may raise, to give it up.
+
+    Raises:
+        InvalidRequest: ``policy`` does not hold the task's adapter, or the gradient is not
+            finite.
+        Unavailable: recomputing needs more memory than there is.
+    """
+    require_version(policy, task.policy)
+    return slice_gradient(policy, task, decode_slice(policy, task, slice_bytes), on_progress)
 
 
 class _FailedError(Exception):
@@ -228,8 +306,8 @@ class _FailedError(Exception):
 class _Checklist:
     """Runs checks in order, keeping each outcome."""
 
-    def __init__(self) -> None:
-        self.done: list[Check] = []
+    def __init__(self, done: Sequence[Check] = ()) -> None:
+        self.done = list(done)
 
     def record(self, name: CheckName, passed: bool, detail: str) -> None:
         self.done.append(Check(name=name, passed=passed, detail=detail[:500]))
@@ -320,6 +398,16 @@ class _Checklist:
 
     def gradient(self, finding: Finding) -> None:
         self.record(CheckName.GRADIENT, finding.passed, finding.detail)
+
+
+def _checked_further(found: _Verified, look: Callable[[_Checklist], None]) -> _Verified:
+    """``found`` with the checks that ``look`` adds; nothing of it may be used if one fails."""
+    checks = _Checklist(found.checks)
+    try:
+        look(checks)
+    except _FailedError:
+        return type(found)(checks=tuple(checks.done))
+    return replace(found, checks=tuple(checks.done))
 
 
 def _limits(
