@@ -172,6 +172,10 @@ class MemoryBlobs:
         on_bytes(ref.size_bytes)
         return path
 
+    async def read(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+        path = await self.fetch(ref, sources, timeout_s=timeout_s)
+        return path.read_bytes()
+
     async def put(self, url: str, data: bytes, token: str, *, timeout_s: float) -> BlobRef:
         ref = blob(data)
         self.held[ref.sha256] = data

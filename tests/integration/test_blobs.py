@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from blob_holders import ROOM, Respond, holder, liar, range_of, reply
 
+from shoal.network import blob_client
 from shoal.network.blob_client import BlobClient
 from shoal.network.blob_server import BlobServer
 from shoal.network.blob_store import BlobStore
@@ -45,6 +46,55 @@ def test_small_blob_comes_in_one_request(tmp_path: Path) -> None:
             assert (await client.fetch(ref, [url], timeout_s=5)).read_bytes() == data
             assert await client.fetch_bytes(ref, [url], timeout_s=5) == data
         assert len(seen) == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("size_bytes", [60_000, CHUNK_BYTES])
+def test_one_chunk_goes_from_memory_to_memory(tmp_path: Path, size_bytes: int) -> None:
+    async def main() -> None:
+        data = os.urandom(size_bytes)
+        ours = BlobStore(tmp_path / "b", ROOM)
+        async with holder(tmp_path / "a") as (store, url), BlobClient(ours) as client:
+            ref = await client.put(url, data, "good")
+            assert store.read(ref.sha256) == data
+            assert await client.fetch_bytes(ref, [url], timeout_s=20) == data
+            assert not list(ours.digests())
+            # Control: what is asked for as a file does get there.
+            await client.fetch(ref, [url], timeout_s=20)
+            assert list(ours.digests()) == [ref.sha256]
+
+    run(main())
+
+
+@pytest.mark.parametrize("size_bytes", [60_000, CHUNK_BYTES])
+def test_wrong_bytes_do_not_get_into_memory_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    async def main() -> None:
+        wrong = bytes(size_bytes)
+
+        async def lie(_request: str, writer: asyncio.StreamWriter) -> None:
+            writer.write(reply("200 OK", wrong))
+            await writer.drain()
+
+        async with (
+            holder(tmp_path / "a") as (store, good_url),
+            liar(lie) as (_, url),
+            BlobClient(BlobStore(tmp_path / "b", ROOM)) as client,
+        ):
+            data = os.urandom(size_bytes)
+            ref = store.put_bytes(data)
+            assert await client.fetch_bytes(ref, [url, good_url], timeout_s=20) == data
+            with pytest.raises(Unavailable, match="nothing was kept"):
+                await client.fetch_bytes(ref, [url], timeout_s=20)
+
+            async def believe(_data: bytes) -> str:
+                return ref.sha256
+
+            # Control: unless they are hashed, anything is taken.
+            monkeypatch.setattr(blob_client, "_sha256_of", believe)
+            assert await client.fetch_bytes(ref, [url], timeout_s=20) == wrong
 
     run(main())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +76,19 @@ def test_rollouts_are_offered_once_a_worker_has_the_gradient_or_after_a_moment(
     run(scenario)
 
 
-async def published(job_run: JobRun, write: Callable[[Callable[[], Path]], Path]) -> Workload:
-    """The job's first update is published; work under it, whose task is not made yet.
-
-    ``write`` is given what writes the version's checkpoint.
-    """
+async def published(
+    job_run: JobRun, monkeypatch: pytest.MonkeyPatch, before_checkpoint: Callable[[], object]
+) -> Workload:
+    """The job's first update is published; work under it, whose task is not made yet."""
     learner = job_run.learner
+    learner.checkpoint(0)
     policy = learner.publish(1, job_run._context.blobs)
-    checkpoint = learner.checkpoint(1)
+    checkpoint = learner.checkpoint
+
+    def late(version: int, older: Collection[int] = ()) -> Path:
+        before_checkpoint()
+        return checkpoint(version, older)
+
     facts = UpdatePredicate(
         job_id=job_run.job_id,
         batch=0,
@@ -94,7 +99,8 @@ async def published(job_run: JobRun, write: Callable[[Callable[[], Path]], Path]
         num_tokens=0,
         optimizer_sha256="a" * 64,
     )
-    await job_run._publish(policy, facts, {"reward": 0.0}, lambda: write(checkpoint))
+    monkeypatch.setattr(learner, "checkpoint", late)
+    await job_run._publish(policy, facts, {"reward": 0.0})
 
     async def deliver(_: Delivery) -> None:
         """Nothing is."""
@@ -123,12 +129,7 @@ def test_no_task_is_made_under_a_version_that_a_kill_would_lose(
 ) -> None:
     async def play(job_run: JobRun) -> None:
         goes_on = threading.Event()
-
-        def write(checkpoint: Callable[[], Path]) -> Path:
-            goes_on.wait(TIMEOUT_S)
-            return checkpoint()
-
-        workload = await published(job_run, write)
+        workload = await published(job_run, monkeypatch, lambda: goes_on.wait(TIMEOUT_S))
         assert workload.lot.lot_class.policy_sha256 == job_run._current().policy_sha256()
         making = asyncio.ensure_future(workload.build_task(workload.waiting[0]))
         await asyncio.wait((making,), timeout=0.05)
@@ -148,10 +149,10 @@ def test_a_job_whose_version_cannot_be_kept_stops_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(job_run: JobRun) -> None:
-        def write(_: Callable[[], Path]) -> Path:
+        def fail() -> None:
             raise OSError("the disk is gone")
 
-        workload = await published(job_run, write)
+        workload = await published(job_run, monkeypatch, fail)
         with pytest.raises(Unavailable, match="could not be kept"):
             await workload.build_task(workload.waiting[0])
         async with asyncio.timeout(TIMEOUT_S):

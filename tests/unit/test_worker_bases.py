@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from worker_double import BASE, BASE_FILES, MemoryBlobs, OrchestratorDouble, blob
+from worker_double import BASE, BASE_FILES, POLICY, MemoryBlobs, OrchestratorDouble, blob
 
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
@@ -70,6 +70,23 @@ def test_the_files_of_a_base_come_together(tmp_path: Path) -> None:
         assert world.blobs.num_asked == len(BASE.files) > 1
         world.blobs.gate.set()
         await coming
+
+    drive(tmp_path, script)
+
+
+def test_two_who_want_the_same_adapter_ask_once(tmp_path: Path) -> None:
+    async def script(world: World) -> None:
+        world.blobs.gate.clear()
+        materials = Materials(world.directory, world.blobs)
+        coming = asyncio.gather(
+            materials.prefetch(POLICY.adapter, [], timeout_s=30),
+            materials.prefetch(POLICY.adapter, [], timeout_s=30),
+        )
+        for _ in range(20):
+            await asyncio.sleep(0)
+        world.blobs.gate.set()
+        await coming
+        assert world.blobs.fetched == [POLICY.adapter.sha256]
 
     drive(tmp_path, script)
 

@@ -108,6 +108,18 @@ async def test_a_small_blob_costs_no_question(lab: SwarmLab) -> None:
 
 
 @in_lab
+async def test_what_is_read_gets_into_the_store_only_where_others_may_ask_for_it(
+    lab: SwarmLab,
+) -> None:
+    worker = await lab.join()
+    for size, is_kept in ((SWARM_BYTES, False), (SWARM_BYTES + 1, True)):
+        data = noise(size)
+        ref = lab.origin.store.put_bytes(data)
+        assert await worker.swarm.read(ref, [lab.origin.source], timeout_s=20) == data
+        assert worker.store.has(ref.sha256) is is_kept
+
+
+@in_lab
 async def test_what_comes_after_a_quiet_while_is_told_at_once(lab: SwarmLab) -> None:
     ref = lab.origin.store.put_bytes(noise(SIZE))
     with pytest.MonkeyPatch.context() as patched:

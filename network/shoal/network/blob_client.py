@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final
+from typing import IO, Final, TypeVar
 from weakref import WeakValueDictionary
 
 import aiohttp
 
 from shoal.network.blob_board import Board
 from shoal.network.blob_chunks import FineList, Span, num_chunks
+from shoal.network.blob_draft import wrong_digest
 from shoal.network.blob_parts import PartialBlob, to_the_end
 from shoal.network.blob_sources import (
     CONNECT_TIMEOUT_S,
     TRANSPORT_ERRORS,
+    BlobSource,
     Holder,
     SourceOpener,
     refusal,
@@ -48,7 +51,11 @@ from shoal.protocol.errors import (
 )
 
 _LOG: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _DIGEST_BYTES: Final = 32
+_AT_ONCE_BYTES: Final = 1 << 20
+"""What is no longer is hashed and sent in one go: handing it to a thread, or sending it bit by
+bit, would cost more than it holds the loop up."""
 _SETTLE_AFTER_S: Final = 1.0
 _OUR_DISK: Final = frozenset({"store_full", "disk_full"})
 
@@ -136,9 +143,7 @@ class BlobClient:
         """
         if self._store.has(ref.sha256):
             return self._store.path(ref.sha256)
-        if not sources and more_sources is None:
-            raise InvalidRequest(f"Blob {ref.sha256} has no source to be fetched from.")
-        holders = list({holder.source: holder for holder in map(as_holder, sources)}.values())
+        holders = [] if more_sources is not None and not sources else _named(ref, sources)
         listener = Listener(
             on_bytes=on_bytes,
             on_chunk=on_chunk or (lambda index: None),
@@ -156,29 +161,42 @@ class BlobClient:
     async def fetch_bytes(
         self, ref: BlobRef, sources: Sequence[str | Holder], *, timeout_s: float
     ) -> bytes:
-        """The blob's bytes; see `fetch`."""
-        await self.fetch(ref, sources, timeout_s=timeout_s)
-        return await asyncio.to_thread(self._store.read, ref.sha256)
+        """The blob's bytes, verified; see `fetch`.
+
+        One chunk goes from memory to memory unless it is in the store: the disk would cost more
+        than fetching it again.
+        """
+        if ref.size_bytes > CHUNK_BYTES or self._store.has(ref.sha256):
+            await self.fetch(ref, sources, timeout_s=timeout_s)
+            return await asyncio.to_thread(self._store.read, ref.sha256)
+        async with _in_time(ref, timeout_s):
+            return await self._ask_each(ref, _named(ref, sources), Listener(), self._read_alone)
 
     async def put(
         self, url: str, data: bytes | Path, token: str, *, timeout_s: float = 60.0
     ) -> BlobRef:
-        """The blob is at the holder and in our store; its reference.
+        """The blob is at the holder; its reference.
+
+        A file, and what has several chunks, is in our store afterwards too.
 
         Raises:
             ShoalError: The holder refused it, with its reason.
             Unavailable: The holder does not answer.
             Expired: The transfer clock ran out.
         """
+        if isinstance(data, bytes) and len(data) <= CHUNK_BYTES:
+            ref = BlobRef(sha256=await _sha256_of(data), size_bytes=len(data))
+            body = data if len(data) <= _AT_ONCE_BYTES else io.BytesIO(data)
+            await self._upload(url, ref, body, token, timeout_s)
+            return ref
         if isinstance(data, Path):
             ref = await asyncio.to_thread(self._store.put_file, data, pin=True)
         else:
             # The holder syncs what it takes; ours is a copy.
             ref = await asyncio.to_thread(self._store.put_bytes, data, pin=True, settled=False)
         try:
-            body = io.BytesIO(data) if isinstance(data, bytes) else self._store.open(ref.sha256)
-            address = f"{url.rstrip('/')}/blobs/{ref.sha256}"
-            await self._upload(address, ref, body, token, timeout_s)
+            stored = io.BytesIO(data) if isinstance(data, bytes) else self._store.open(ref.sha256)
+            await self._upload(url, ref, stored, token, timeout_s)
         finally:
             self.settle_later(ref.sha256)
             self._store.unpin(ref.sha256)
@@ -187,8 +205,9 @@ class BlobClient:
         return ref
 
     async def _upload(
-        self, address: str, ref: BlobRef, body: IO[bytes], token: str, timeout_s: float
+        self, url: str, ref: BlobRef, body: bytes | IO[bytes], token: str, timeout_s: float
     ) -> None:
+        address = f"{url.rstrip('/')}/blobs/{ref.sha256}"
         headers = {"Authorization": f"Bearer {token}", "Content-Length": str(ref.size_bytes)}
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
@@ -245,7 +264,19 @@ class BlobClient:
     async def _fetch_whole(
         self, ref: BlobRef, holders: Sequence[Holder], listener: Listener
     ) -> None:
-        """The blob came from the first holder that has it right."""
+        """The blob is in the store, from the first holder that has it right."""
+        await self._ask_each(ref, holders, listener, self._read_whole)
+        self.settle_later(ref.sha256)
+        listener.on_bytes(ref.size_bytes)
+
+    async def _ask_each(
+        self,
+        ref: BlobRef,
+        holders: Sequence[Holder],
+        listener: Listener,
+        read: Callable[[BlobRef, BlobSource], Awaitable[_T]],
+    ) -> _T:
+        """What `read` makes of the first holder that has the blob right."""
         faults: dict[str, str] = {}
         waited_s = 0.0
         while holders:
@@ -253,7 +284,7 @@ class BlobClient:
             rest_s = self._rules.stall_s
             for holder in holders:
                 try:
-                    await self._read_whole(ref, holder, listener)
+                    return await read(ref, self._opener.open(holder))
                 except (ShoalError, *TRANSPORT_ERRORS) as error:
                     if isinstance(error, Unavailable) and error.code in _OUR_DISK:
                         raise
@@ -264,8 +295,6 @@ class BlobClient:
                         continue
                     _LOG.info("source %s failed for blob %s: %s", holder.source, ref.sha256, error)
                     listener.on_given_up(holder.source, isinstance(error, PeerFault))
-                else:
-                    return
             holders, waited_s = busy, waited_s + rest_s
             if waited_s > self._rules.stall_s:
                 break
@@ -273,9 +302,17 @@ class BlobClient:
                 await asyncio.sleep(rest_s)
         raise nobody_has(ref, faults)
 
-    async def _read_whole(self, ref: BlobRef, holder: Holder, listener: Listener) -> None:
-        source = self._opener.open(holder)
-        plane = "http" if source.shows_progress else "p2p"
+    async def _read_alone(self, ref: BlobRef, source: BlobSource) -> bytes:
+        """A blob of one chunk, from memory to memory."""
+        span = Span(digest=ref.sha256, start=0, size_bytes=ref.size_bytes, is_whole=True)
+        data = await self._read_span(span, source)
+        digest = await _sha256_of(data)
+        if digest != ref.sha256:
+            raise wrong_digest(ref.sha256, digest)
+        return bytes(data)
+
+    async def _read_whole(self, ref: BlobRef, source: BlobSource) -> None:
+        """A blob into the store, one chunk after the other."""
         with self._store.draft() as draft:
             # A blob without a chunk list is one chunk, unless its reference is a poor one.
             for start in range(0, ref.size_bytes, CHUNK_BYTES):
@@ -286,17 +323,19 @@ class BlobClient:
                     size_bytes=size_bytes,
                     is_whole=size_bytes == ref.size_bytes,
                 )
-                room = bytearray(size_bytes)
-                # A holder that dribbles is as little use as one that is silent.
-                async with asyncio.timeout(
-                    self._rules.floor_window_s + size_bytes / self._rules.floor_bytes_per_s
-                ):
-                    await source.read_into(span, memoryview(room), lambda num_bytes: None)
-                draft.write(room)
-                self._meters.count("blob_bytes", size_bytes, plane=plane, direction="in")
+                draft.write(await self._read_span(span, source))
             await to_the_end(lambda: draft.keep(expected=ref.sha256, settled=False))
-        self.settle_later(ref.sha256)
-        listener.on_bytes(ref.size_bytes)
+
+    async def _read_span(self, span: Span, source: BlobSource) -> bytearray:
+        room = bytearray(span.size_bytes)
+        # A holder that dribbles is as little use as one that is silent.
+        async with asyncio.timeout(
+            self._rules.floor_window_s + span.size_bytes / self._rules.floor_bytes_per_s
+        ):
+            await source.read_into(span, memoryview(room), lambda num_bytes: None)
+        plane = "http" if source.shows_progress else "p2p"
+        self._meters.count("blob_bytes", span.size_bytes, plane=plane, direction="in")
+        return room
 
     async def _fetch_chunks(
         self,
@@ -373,6 +412,19 @@ class BlobClient:
         transfer = Transfer(blob, board, self._opener, self._rules, listener, self._meters)
         await transfer.run(holders)
         await to_the_end(blob.keep)
+
+
+def _named(ref: BlobRef, sources: Sequence[str | Holder]) -> list[Holder]:
+    """The holders, each once."""
+    if not sources:
+        raise InvalidRequest(f"Blob {ref.sha256} has no source to be fetched from.")
+    return list({holder.source: holder for holder in map(as_holder, sources)}.values())
+
+
+async def _sha256_of(data: bytes | bytearray) -> str:
+    if len(data) <= _AT_ONCE_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
 
 
 @contextlib.asynccontextmanager

@@ -98,11 +98,7 @@ class Draft:
         """
         digest = self._whole.hexdigest()
         if expected is not None and digest != expected:
-            raise PeerFault(
-                f"The bytes sent for blob {expected} hash to {digest}; nothing was kept.",
-                code="wrong_digest",
-                evidence=digest,
-            )
+            raise wrong_digest(expected, digest)
         if self._file is None:
             raise InvalidRequest("A draft is kept inside its `with` block only.")
         with disk_errors():
@@ -124,3 +120,12 @@ class Draft:
         ended = self._chunk if self._chunk_digests else self._whole
         self._chunk_digests.append(ended.digest())
         self._chunk = hashlib.sha256()
+
+
+def wrong_digest(expected: str, found: str) -> PeerFault:
+    """The error for bytes that are not the blob they were sent for."""
+    return PeerFault(
+        f"The bytes sent for blob {expected} hash to {found}; nothing was kept.",
+        code="wrong_digest",
+        evidence=found,
+    )

@@ -262,6 +262,8 @@ class BlobStore:
                 code="blob_too_large",
             )
         with self._lock:
+            if self._total_bytes + size_bytes <= self._max_bytes:
+                return
             # Half a blob that nobody is fetching is worth less than any whole one.
             for drop, candidates in (
                 (self.drop_partial, self._idle_partials()),

@@ -13,9 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from shoal.orchestrator.auctioneer import Auctioneer
 from shoal.orchestrator.batches import Batch, GradientSum
@@ -42,8 +41,6 @@ from shoal.provenance.statement import (
 )
 from shoal.rl.aggregation import UpdateStats
 from shoal.rl.environments import Split, metric_names
-
-_T = TypeVar("_T")
 
 _HEAD_START_S = 0.05
 """For how long at most nothing else is offered while a batch's gradient is: the learner waits for
@@ -157,7 +154,7 @@ class JobRun:
         if version == 0:
             # Stated twice where the process stopped in between; the same words do no harm.
             await self._state_environments()
-            await self._to_disk(await self._context.computed(lambda: self.learner.checkpoint(0)))
+            await self._context.computed(lambda: self.learner.checkpoint(0))
         await self._resume_evaluations()
         stopped = await self._early_stop(version)
         while version < last and not stopped:
@@ -212,9 +209,9 @@ class JobRun:
             self._halted.result()
         await waiting
 
-    async def _to_disk(self, work: Callable[[], _T]) -> _T:
-        """``work()``, which waits for the disk, beside the compute thread."""
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+    async def _to_disk(self, work: Callable[[], None]) -> None:
+        """``work``, which waits for the disk, beside the compute thread."""
+        await asyncio.get_running_loop().run_in_executor(None, work)
 
     async def _step(self, version: int) -> None:
         """The batch of ``version`` is applied: the next version is published."""
@@ -226,13 +223,11 @@ class JobRun:
         names = metric_names(self.learner.spec.environments)
         metrics = batch.metrics(version, names) | market
         await self._unless_halted(_wait(gradient.complete))
-        older = self._versions.wanted(version + 1, self.evaluations.pending())
         await self._tidied()
-        stats, policy, checkpoint = await self._context.computed(
+        stats, policy = await self._context.computed(
             lambda: (
                 self.learner.update(gradient.payloads(), batch.all_groups()),
                 self.learner.publish(version + 1, self._context.blobs),
-                self.learner.checkpoint(version + 1, older),
             )
         )
         facts = _update_facts(policy, self._current(), batch, gradient, self.learner)
@@ -241,7 +236,7 @@ class JobRun:
             "step_time": time.monotonic() - started,
             "time/wait_for_batch": waited_s,
         }
-        await self._publish(policy, facts, metrics, checkpoint)
+        await self._publish(policy, facts, metrics)
         self.reward_recent = metrics["reward"]
 
     async def _keep(
@@ -249,10 +244,12 @@ class JobRun:
         policy: PolicyVersion,
         statement: StatementRow | None,
         metrics: dict[str, float],
-        checkpoint: Callable[[], Path],
+        older: Sequence[int],
     ) -> Path:
         """``policy`` is on record, and is restored from the folder returned after a kill."""
-        folder = await self._to_disk(checkpoint)
+        folder = await self._context.computed(
+            lambda: self.learner.checkpoint(policy.version, older)
+        )
         if statement is not None:
             await self._records.add(policy, statement, metrics)
         self._auctioneer.announcer.policy(policy)
@@ -327,11 +324,7 @@ class JobRun:
         return gradient
 
     async def _publish(
-        self,
-        policy: PolicyVersion,
-        facts: UpdatePredicate,
-        metrics: dict[str, float],
-        checkpoint: Callable[[], Path],
+        self, policy: PolicyVersion, facts: UpdatePredicate, metrics: dict[str, float]
     ) -> None:
         """The market prepares work under ``policy``, and offers it once `_keep` is done."""
         row = None
@@ -339,8 +332,9 @@ class JobRun:
             statement = update_statement(facts)
             row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
 
+        older = self._versions.wanted(policy.version, self.evaluations.pending())
         self._keeping = asyncio.create_task(
-            self._keep(policy, row, metrics, checkpoint), name=f"keep version {policy.version}"
+            self._keep(policy, row, metrics, older), name=f"keep version {policy.version}"
         )
         self._tidying = asyncio.create_task(
             self._tidy(policy, metrics, self._keeping), name=f"tidy version {policy.version}"

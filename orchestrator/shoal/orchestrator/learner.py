@@ -6,8 +6,7 @@ and holds the order.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shoal.models.policy import Policy
@@ -139,14 +138,12 @@ class Learner:
         # Where the overlong mask leaves no token there is no gradient either.
         return self._optimizer.apply(gradients, max(divisor, 1.0))
 
-    def checkpoint(self, version: int, older: Collection[int] = ()) -> Callable[[], Path]:
-        """What writes the weights and optimiser state of now, as those of ``version``.
+    def checkpoint(self, version: int, older: Collection[int] = ()) -> Path:
+        """Weights and optimiser state of ``version``, and the adapters of ``older`` versions.
 
-        They, and the adapters of ``older`` versions, then outlive the process; `secure` makes
-        them outlive a power cut.  Writing touches files only.
+        They outlive the process; `secure` makes them outlive a power cut.
         """
-        return functools.partial(
-            save_checkpoint,
+        return save_checkpoint(
             self._checkpoints,
             self.job_id,
             version,

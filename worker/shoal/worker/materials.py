@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
+from weakref import WeakValueDictionary
 
 from shoal.models.base import require_allowed_files
 from shoal.protocol.blob import BlobRef
@@ -40,6 +41,7 @@ class Materials:
         self._checked: dict[str, Path] = {}
         self._base_locks: dict[str, asyncio.Lock] = {}
         self._adapters: OrderedDict[str, bytes] = OrderedDict()
+        self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def gather(self, task: AnyTask, sources: Sequence[str], *, timeout_s: float) -> TaskInput:
         """Everything ``task`` needs, fetched and verified.
@@ -52,7 +54,7 @@ class Materials:
         folder = await self._base(task.base, sources, timeout_s)
         wanted = [self._adapter(task.policy.adapter, sources, timeout_s)]
         if isinstance(task, GradientTask):
-            wanted.append(self._read(task.slice, sources, timeout_s))
+            wanted.append(self._blobs.read(task.slice, sources, timeout_s=timeout_s))
         adapter, *batch_slice = await _together(wanted)
         return TaskInput(
             base_folder=folder,
@@ -70,8 +72,7 @@ class Materials:
             Unavailable, Expired: no source has it just now.
             PeerFault: it is no base, or lists files that are no model's.
         """
-        path = await self._blobs.fetch(ref, sources, timeout_s=timeout_s)
-        base = BaseModelRef.decode(await asyncio.to_thread(path.read_bytes))
+        base = BaseModelRef.decode(await self._blobs.read(ref, sources, timeout_s=timeout_s))
         require_allowed_files(base)
         return base
 
@@ -102,20 +103,18 @@ class Materials:
         await self._adapter(ref, sources, timeout_s)
 
     async def _adapter(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
-        cached = self._adapters.get(ref.sha256)
-        if cached is not None:
-            self._adapters.move_to_end(ref.sha256)
-            return cached
-        data = await self._read(ref, sources, timeout_s)
-        self._adapters[ref.sha256] = data
+        # A task and the news of its policy version may want the same adapter; it is asked for once.
+        async with self._adapter_locks.setdefault(ref.sha256, asyncio.Lock()):
+            cached = self._adapters.get(ref.sha256)
+            if cached is not None:
+                self._adapters.move_to_end(ref.sha256)
+                return cached
+            data = await self._blobs.read(ref, sources, timeout_s=timeout_s)
+            self._adapters[ref.sha256] = data
         total = sum(len(adapter) for adapter in self._adapters.values())
         while total > _MAX_CACHED_ADAPTER_BYTES and len(self._adapters) > 1:
             total -= len(self._adapters.popitem(last=False)[1])
         return data
-
-    async def _read(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
-        path = await self._blobs.fetch(ref, sources, timeout_s=timeout_s)
-        return await asyncio.to_thread(path.read_bytes)
 
     async def _base(
         self,

@@ -104,6 +104,10 @@ class BlobPlane(Protocol):
         """The blob lies on disk, verified; ``on_bytes`` was told how many more came, and when."""
         ...
 
+    async def read(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+        """The blob's bytes, verified; whether they are on disk too is not said."""
+        ...
+
     async def put(self, url: str, data: bytes, token: str, *, timeout_s: float) -> BlobRef:
         """``data`` is stored by the holder at ``url``."""
         ...

@@ -109,6 +109,13 @@ class Swarm:
         self._note(ref)
         return path
 
+    async def read(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+        """The blob's bytes, verified; small ones do not get into the store.  See `fetch`."""
+        if ref.size_bytes <= SWARM_BYTES:
+            return await self._client.fetch_bytes(ref, sources, timeout_s=timeout_s)
+        path = await self.fetch(ref, sources, timeout_s=timeout_s)
+        return await asyncio.to_thread(path.read_bytes)
+
     async def put(self, url: str, data: bytes, token: str, *, timeout_s: float) -> BlobRef:
         """``data`` is stored by the holder at ``url``; see `BlobClient.put`."""
         return await self._client.put(url, data, token, timeout_s=timeout_s)
