@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overhead [--pairs 3] [--job FILE] [--set max_steps=60]``.
+"""``python -m benchmarks.overhead [--pairs 3] [--only roles] [--job FILE] [--set max_steps=60]``.
 
 Each pair runs the example job through a whole market on this machine (chain, orchestrator,
 two workers) and as the same rollouts, gradients, updates and evaluations in one process with
@@ -6,7 +6,8 @@ no market, network, chain or verification.  All start from a ready market or a l
 interpreter; the base model is built beforehand.
 
 The market runs twice: with two workers that each take half of everything, in tasks of half a
-batch, and with one that samples and one that differentiates, in tasks of a whole batch.
+batch, and with one that samples and one that differentiates, in tasks of a whole batch
+(``--only halves``, ``--only roles``).
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ _ROLES: Final = Arrangement(
     tasks=1,
     capacities=({"rollout": 2, "gradient": 0}, {"rollout": 0, "gradient": 1}),
 )
+_ARRANGEMENTS: Final = {"halves": _HALVES, "roles": _ROLES}
 
 
 async def _at_rest() -> None:
@@ -138,6 +140,7 @@ def main() -> None:
     """Prints a line for each market run, then medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--only", choices=_ARRANGEMENTS, nargs="+", default=list(_ARRANGEMENTS))
     parser.add_argument("--job", type=Path, default=EXAMPLE)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -149,7 +152,7 @@ def main() -> None:
         found: dict[tuple[str, int], list[float]] = {}
         for pair in range(arguments.pairs):
             alone_s = {threads: run_local(spec, models, threads) for threads in (1, 2)}
-            for arrangement in (_HALVES, _ROLES):
+            for arrangement in (_ARRANGEMENTS[name] for name in arguments.only):
                 market_s = asyncio.run(run_market(spec, root, arrangement))
                 ratios = []
                 for threads, wall_s in alone_s.items():
