@@ -172,7 +172,7 @@ class MemoryBlobs:
         on_bytes(ref.size_bytes)
         return path
 
-    async def read(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+    async def fetch_bytes(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
         path = await self.fetch(ref, sources, timeout_s=timeout_s)
         return path.read_bytes()
 

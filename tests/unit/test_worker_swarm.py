@@ -115,7 +115,7 @@ async def test_what_is_read_gets_into_the_store_only_where_others_may_ask_for_it
     for size, is_kept in ((SWARM_BYTES, False), (SWARM_BYTES + 1, True)):
         data = noise(size)
         ref = lab.origin.store.put_bytes(data)
-        assert await worker.swarm.read(ref, [lab.origin.source], timeout_s=20) == data
+        assert await worker.swarm.fetch_bytes(ref, [lab.origin.source], timeout_s=20) == data
         assert worker.store.has(ref.sha256) is is_kept
 
 

@@ -54,7 +54,7 @@ class Materials:
         folder = await self._base(task.base, sources, timeout_s)
         wanted = [self._adapter(task.policy.adapter, sources, timeout_s)]
         if isinstance(task, GradientTask):
-            wanted.append(self._blobs.read(task.slice, sources, timeout_s=timeout_s))
+            wanted.append(self._blobs.fetch_bytes(task.slice, sources, timeout_s=timeout_s))
         adapter, *batch_slice = await _together(wanted)
         return TaskInput(
             base_folder=folder,
@@ -72,7 +72,7 @@ class Materials:
             Unavailable, Expired: no source has it just now.
             PeerFault: it is no base, or lists files that are no model's.
         """
-        base = BaseModelRef.decode(await self._blobs.read(ref, sources, timeout_s=timeout_s))
+        base = BaseModelRef.decode(await self._blobs.fetch_bytes(ref, sources, timeout_s=timeout_s))
         require_allowed_files(base)
         return base
 
@@ -109,7 +109,7 @@ class Materials:
             if cached is not None:
                 self._adapters.move_to_end(ref.sha256)
                 return cached
-            data = await self._blobs.read(ref, sources, timeout_s=timeout_s)
+            data = await self._blobs.fetch_bytes(ref, sources, timeout_s=timeout_s)
             self._adapters[ref.sha256] = data
         total = sum(len(adapter) for adapter in self._adapters.values())
         while total > _MAX_CACHED_ADAPTER_BYTES and len(self._adapters) > 1:

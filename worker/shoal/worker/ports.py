@@ -104,7 +104,7 @@ class BlobPlane(Protocol):
         """The blob lies on disk, verified; ``on_bytes`` was told how many more came, and when."""
         ...
 
-    async def read(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+    async def fetch_bytes(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
         """The blob's bytes, verified; whether they are on disk too is not said."""
         ...
 

@@ -109,7 +109,7 @@ class Swarm:
         self._note(ref)
         return path
 
-    async def read(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
+    async def fetch_bytes(self, ref: BlobRef, sources: Sequence[str], *, timeout_s: float) -> bytes:
         """The blob's bytes, verified; small ones do not get into the store.  See `fetch`."""
         if ref.size_bytes <= SWARM_BYTES:
             return await self._client.fetch_bytes(ref, sources, timeout_s=timeout_s)
