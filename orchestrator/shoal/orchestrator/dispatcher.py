@@ -30,7 +30,7 @@ from shoal.orchestrator.leases import (
 )
 from shoal.orchestrator.outlooks import Outlooks
 from shoal.orchestrator.placement import Parcel
-from shoal.orchestrator.roster import Roster
+from shoal.orchestrator.roster import Member, Roster
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.rows import insert_rows
@@ -100,8 +100,8 @@ class Dispatcher:
         """Called with a node that may take more units, whose lease may have left some waiting."""
         self.on_served: Callable[[LiveLease, int], None] = lambda live, spent_ms: None
         """Called with an accepted lease and the worker time it took."""
-        self.on_taken: Callable[[LiveLease], None] = lambda live: None
-        """Called with a lease that its node has just taken."""
+        self.on_taken: Callable[[LiveLease, Member], None] = lambda live, member: None
+        """Called with a lease, and the node that has just taken it."""
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind; a submitted result no longer counts."""
@@ -253,7 +253,9 @@ class Dispatcher:
             )
             if not live.workload.waiting:
                 live.workload.handed_out.set()
-            self.on_taken(live)
+            member = self._roster.find(node)
+            if member is not None:
+                self.on_taken(live, member)
         except ShoalError as error:
             await self._unanswered(live, error.message)
 

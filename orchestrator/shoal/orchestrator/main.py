@@ -107,13 +107,7 @@ class Orchestrator:
             deltas,
         )
         self.verifier = Verifier(
-            context,
-            self.journal,
-            self.settler,
-            self.dispatcher,
-            self.record,
-            self.jobs,
-            self.roster,
+            context, self.journal, self.settler, self.dispatcher, self.record, self.jobs
         )
         self.standstills = Standstills(
             context, self.journal, self.sealer, self.auctioneer, self.dispatcher, self.jobs

@@ -24,7 +24,7 @@ from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.leases import LiveLease, Submission, printable
-from shoal.orchestrator.roster import Member, Roster
+from shoal.orchestrator.roster import Member
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.rows import insert_rows, update_row
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
@@ -103,7 +103,6 @@ class Verifier:
         dispatcher: Dispatcher,
         record: TrackRecord,
         jobs: Jobs,
-        roster: Roster,
     ) -> None:
         self._context = context
         self._journal = journal
@@ -111,7 +110,6 @@ class Verifier:
         self._dispatcher = dispatcher
         self._record = record
         self._jobs = jobs
-        self._roster = roster
         self._audits = Audits(context)
         dispatcher.on_taken = self._foresee
         self._draw: Callable[[], float] = secrets.SystemRandom().random
@@ -133,10 +131,10 @@ class Verifier:
                 task.cancel()
             self._audits.close()
 
-    def _foresee(self, live: LiveLease) -> None:
+    def _foresee(self, live: LiveLease, member: Member) -> None:
         """A newcomer's gradient is audited in any case: that may begin before it comes."""
-        member, run = self._roster.find(live.lease.node), self._jobs.find(live.lease.job_id)
-        if member is not None and run is not None and member.audited < NEWCOMER_AUDITS:
+        run = self._jobs.find(live.lease.job_id)
+        if run is not None and member.audited < NEWCOMER_AUDITS:
             self._audits.foresee(run.learner, live)
 
     async def _take(self, submission: Submission) -> None:
