@@ -331,7 +331,6 @@ class JobRun:
         if not await self._records.has(policy):
             statement = update_statement(facts)
             row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
-
         older = self._versions.wanted(policy.version, self.evaluations.pending())
         self._keeping = asyncio.create_task(
             self._keep(policy, row, metrics, older), name=f"keep version {policy.version}"
