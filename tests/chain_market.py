@@ -404,8 +404,9 @@ async def _open_context(
     stack.push_async_callback(network.stop)
     database = Database(config.resolved_database_url())
     stack.callback(database.close)
-    compute, auditing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+    compute, checking, auditing = (ThreadPoolExecutor(max_workers=1) for _ in range(3))
     stack.callback(compute.shutdown)
+    stack.callback(checking.shutdown)
     stack.callback(auditing.shutdown)
     deployment = chain.deployment
     return Context(
@@ -420,6 +421,7 @@ async def _open_context(
         domain=Domain(chain_id=deployment.chain_id, escrow=deployment.job_escrow),
         time=ManualTime(),
         compute=compute,
+        checking=checking,
         auditing=auditing,
     )
 

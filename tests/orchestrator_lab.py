@@ -515,7 +515,7 @@ async def open_lab(
     network = MemoryNetwork(hub, identity, limits=limits)
     await network.start()
     database = Database(config.resolved_database_url())
-    compute, auditing = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+    compute, checking, auditing = (ThreadPoolExecutor(max_workers=1) for _ in range(3))
     context = Context(
         config=config,
         database=database,
@@ -528,6 +528,7 @@ async def open_lab(
         domain=DOMAIN,
         time=clock or now,
         compute=compute,
+        checking=checking,
         auditing=auditing,
     )
     lab = Lab(context, hub, chain, now)
@@ -538,6 +539,7 @@ async def open_lab(
         await lab.close()
         await network.stop()
         compute.shutdown()
+        checking.shutdown()
         auditing.shutdown()
         database.close()
 

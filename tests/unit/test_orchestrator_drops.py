@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from orchestrator_lab import TIMEOUT_S, Lab, Peer, Sale, arrival, open_lab, run, until
@@ -12,10 +10,9 @@ from orchestrator_lab import TIMEOUT_S, Lab, Peer, Sale, arrival, open_lab, run,
 from shoal.market.lease import MISSED_HEARTBEATS, LeaseState
 from shoal.orchestrator.hearing import Hearing
 from shoal.orchestrator.leases import LiveLease
-from shoal.orchestrator.store.database import Database
 from shoal.protocol.errors import InvalidRequest, Unavailable
 from shoal.protocol.ids import PeerId
-from shoal.protocol.node import LeaseOffer
+from shoal.protocol.node import LeaseOffer, ResultMessage, ResultReply
 
 PAYLOAD = b"what was computed"
 BEAT_MS = 1_000
@@ -136,27 +133,23 @@ def test_a_stopped_worker_learns_that_its_lease_is_gone_and_may_work_on(tmp_path
 def test_a_reply_lost_after_the_result_is_asked_for_again_and_counts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = asyncio.Event()
-    write = Database.run
-
-    async def write_later(database: Database, work: Any) -> Any:
-        await written.wait()
-        return await write(database, work)
-
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:
             story = await Story.begin(lab)
             offer, live = await story.lease()
             lab.context.blobs.put_bytes(PAYLOAD)
             message = story.holder.message(offer, PAYLOAD)
-            with monkeypatch.context() as patch:
-                patch.setattr(Database, "run", write_later)
-                sending = asyncio.ensure_future(story.holder.submit(message))
-                await until(lambda: live.record.state is LeaseState.SUBMITTED)
-                await story.drop(story.holder)
-                with pytest.raises(Unavailable):
-                    await sending
-                written.set()
+            submit = story.dispatcher.submit
+
+            def lose_reply(peer: PeerId, message: ResultMessage) -> ResultReply:
+                submit(peer, message)
+                raise Unavailable("The line was cut.")
+
+            with monkeypatch.context() as patch, pytest.raises(Unavailable):
+                patch.setattr(story.dispatcher, "submit", lose_reply)
+                await story.holder.submit(message)
+            assert live.record.state is LeaseState.SUBMITTED
+            await story.drop(story.holder)
             await story.come_back(story.holder)
             assert (await story.holder.beat(offer)).revoked == ()
             reply = await story.holder.submit(message)

@@ -79,7 +79,7 @@ def test_rollouts_are_offered_once_a_worker_has_the_gradient_or_after_a_moment(
 async def published(
     job_run: JobRun, monkeypatch: pytest.MonkeyPatch, before_checkpoint: Callable[[], object]
 ) -> Workload:
-    """The job's first update is published; work under it, whose task is not made yet."""
+    """The job's first update is published; work under it."""
     learner = job_run.learner
     learner.checkpoint(0)
     policy = learner.publish(1, job_run._context.blobs)
@@ -124,19 +124,20 @@ async def play_job(
         assert (await ended(lab, job)).state == "complete"
 
 
-def test_no_task_is_made_under_a_version_that_a_kill_would_lose(
+def test_nothing_done_under_a_version_is_judged_while_a_kill_would_lose_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(job_run: JobRun) -> None:
         goes_on = threading.Event()
         workload = await published(job_run, monkeypatch, lambda: goes_on.wait(TIMEOUT_S))
         assert workload.lot.lot_class.policy_sha256 == job_run._current().policy_sha256()
-        making = asyncio.ensure_future(workload.build_task(workload.waiting[0]))
-        await asyncio.wait((making,), timeout=0.05)
-        assert not making.done()
+        assert (await workload.build_task(workload.waiting[0])).policy.version == 1
+        waiting = asyncio.ensure_future(workload.restorable())
+        await asyncio.wait((waiting,), timeout=0.05)
+        assert not waiting.done()
         goes_on.set()
         async with asyncio.timeout(TIMEOUT_S):
-            assert (await making).policy.version == 1
+            await waiting
         assert job_run.learner.resume(1, job_run._context.blobs)[-1].version == 1
         records = VersionRecords(job_run._context, job_run._journal, job_run.job_id)
         assert await records.newest() == 1
@@ -154,7 +155,7 @@ def test_a_job_whose_version_cannot_be_kept_stops_for_it(
 
         workload = await published(job_run, monkeypatch, fail)
         with pytest.raises(Unavailable, match="could not be kept"):
-            await workload.build_task(workload.waiting[0])
+            await workload.restorable()
         async with asyncio.timeout(TIMEOUT_S):
             with pytest.raises(OSError, match="the disk is gone"):
                 await job_run._unless_halted(asyncio.Event().wait())

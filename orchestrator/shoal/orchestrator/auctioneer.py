@@ -172,7 +172,7 @@ class Auctioneer:
             record=workload.lot.encode().decode(),
             opened_ms=self._context.time.now_ms(),
         )
-        await self._context.database.run(lambda session: insert_rows(session, row))
+        workload.unwritten.append(row)
         self._open.append(workload)
         self._changed.set()
         self.announcer.lot(workload.lot)
@@ -202,6 +202,21 @@ class Auctioneer:
                 await self._safely(behind.workload, self._hedge(behind, sooner=True))
             for last in outlooks.tail():
                 await self._safely(last.workload, self._hedge(last, sooner=False))
+            await self._write_rest()
+
+    async def _write_rest(self) -> None:
+        """Lots and clearings of which nobody got a lease are on record too."""
+        owing = [(workload, list(workload.unwritten)) for workload in self._open]
+        rows = [row for _, unwritten in owing for row in unwritten]
+        if not rows:
+            return
+        try:
+            await self._context.database.run(lambda session: insert_rows(session, *rows))
+        except Unavailable as error:
+            _log.warning("clearings_wait", extra={"reason": error.message})
+            return
+        for workload, unwritten in owing:
+            del workload.unwritten[: len(unwritten)]
 
     def _sweep(self) -> None:
         for workload in self._open:
@@ -254,7 +269,7 @@ class Auctioneer:
             # The job may end, or another lease deliver the parcel, while one is written down.
             if workload.closed or parcel not in workload.waiting:
                 continue
-            placement = await self._clearings.placement(workload, parcel)
+            placement = self._clearings.placement(workload, parcel)
             nodes = self._ready_nodes(workload)
             if placement is None or not nodes or passed_over >= _PARCELS_PASSED_OVER:
                 break
@@ -360,7 +375,7 @@ class Auctioneer:
         nodes = [node for node in self._ready_nodes(workload) if node != behind.lease.node]
         if sooner:
             nodes = self._dispatcher.outlooks.quicker(behind, nodes)
-        placement = await self._clearings.placement(workload, behind.units) if nodes else None
+        placement = self._clearings.placement(workload, behind.units) if nodes else None
         if placement is None:
             return False
         rung = self._next_rung(workload, placement, behind.units, nodes)

@@ -94,7 +94,7 @@ class Audits:
         honest = await self._foreseen(live)
         if honest is not None:
             # Comparing needs no weights, and what runs in the audit thread is not waited for.
-            return await self._context.computed(
+            return await self._context.checked(
                 lambda: verification.audit_gradient(learner.policy, task, found, evidence, honest)
             )
         return await self._context.audited(

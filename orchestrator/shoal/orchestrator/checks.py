@@ -16,7 +16,8 @@ def check_result(
 ) -> Verification:
     """Whether ``result``, whose payload is in ``blobs``, answers ``task``.
 
-    Call it in the compute thread, whose the learner's policy and environments are.
+    Call it in the checking thread, whose the environments and the policy's tokenizer are; the
+    policy's weights, which the compute thread moves, are not looked at.
     """
     data = blobs.read(result.payload.sha256)
     tolerance = learner.spec.verify.logprob_tolerance

@@ -13,7 +13,6 @@ from shoal.orchestrator.announcer import Announcer
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.sealer import SealedMarket, Sealer
-from shoal.orchestrator.store.rows import insert_rows
 from shoal.orchestrator.store.tables import CertificateRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
@@ -55,7 +54,7 @@ class Clearings:
         for kind in TaskKind:
             self._posted.pop((job_id, kind), None)
 
-    async def placement(self, workload: Workload, parcel: Parcel) -> Placement | None:
+    def placement(self, workload: Workload, parcel: Parcel) -> Placement | None:
         """The lot's clearing, made anew for another book, or where the parcel needs it."""
         market, placement = self._sealer.market, workload.placement
         if market is None:
@@ -70,8 +69,7 @@ class Clearings:
             and not self._is_shut(market, placement, workload, parcel)
         ):
             return placement
-        workload.placement = await self._clear(workload, reserve, parcel)
-        # Only now: a clearing that could not be written down is tried again as it was.
+        workload.placement = self._clear(workload, reserve, parcel)
         workload.reserve = reserve
         return workload.placement
 
@@ -103,7 +101,7 @@ class Clearings:
             for entry in market.book.opened
         )
 
-    async def _clear(self, workload: Workload, reserve: ReserveTerms, parcel: Parcel) -> Placement:
+    def _clear(self, workload: Workload, reserve: ReserveTerms, parcel: Parcel) -> Placement:
         """What waits of the lot, and the parcel, is auctioned over the present book, once."""
         terms = self._record.terms(workload)
         sizes = [len(units) for units in {*workload.waiting, parcel}]
@@ -121,9 +119,9 @@ class Clearings:
             issued_ms=certificate.issued_at_ms,
         )
         before = workload.placement
-        # Before any lease cites it; what is cleared again to the same end is there already.
+        # Written with the lease that cites it; what is cleared again to the same end is there.
         if row.sha256 not in workload.certified:
-            await self._context.database.run(lambda session: insert_rows(session, row))
+            workload.unwritten.append(row)
             workload.certified.add(row.sha256)
         # A task that is only done twice is no new demand.
         if posted_micros is not None and workload.waiting:

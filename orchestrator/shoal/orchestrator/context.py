@@ -42,14 +42,20 @@ class Context:
     domain: Domain
     time: TimeSource
     compute: ThreadPoolExecutor
-    """One thread for all tensor work that is waited for: torch is slower with more, and results
-    stay ordered."""
+    """One thread for the learners: torch is slower with more, and updates stay ordered."""
+    checking: ThreadPoolExecutor
+    """One thread for what every result is checked for: the environments and tokenizers are its.
+    Rollouts are checked in it while the update before them is made."""
     auditing: ThreadPoolExecutor
     """One thread for recomputing what workers did, which holds up no check and no update."""
 
     async def computed(self, work: Callable[[], _T]) -> _T:
         """``work()`` in the compute thread, without blocking the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.compute, work)
+
+    async def checked(self, work: Callable[[], _T]) -> _T:
+        """``work()`` in the checking thread, without blocking the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.checking, work)
 
     async def audited(self, work: Callable[[], _T]) -> _T:
         """``work()`` in the audit thread, without blocking the event loop."""

@@ -26,7 +26,7 @@ from shoal.orchestrator.leases import (
     Submission,
     lease_row,
     printable,
-    store_record,
+    store_end,
 )
 from shoal.orchestrator.outlooks import Outlooks
 from shoal.orchestrator.placement import Parcel
@@ -216,8 +216,12 @@ class Dispatcher:
         if rival is not None:
             rival.rival = live
         self._table.add(live)
+        unwritten = list(workload.unwritten)
         try:
-            await self._context.database.run(lambda session: insert_rows(session, lease_row(live)))
+            await self._context.database.run(
+                lambda session: insert_rows(session, *unwritten, lease_row(live))
+            )
+            del workload.unwritten[: len(unwritten)]
         except Unavailable:
             # Ended meanwhile: its units are waiting again already.
             if live.record.state is LeaseState.OFFERED:
@@ -326,9 +330,7 @@ class Dispatcher:
             },
         )
         try:
-            await self._context.database.run(
-                lambda session: store_record(session, record, outcome=outcome)
-            )
+            await self._context.database.run(lambda session: store_end(session, live, outcome))
             if record.state in (LeaseState.FAILED, LeaseState.EXPIRED):
                 await self._setbacks.tell(live, record)
         except Unavailable as error:
@@ -416,7 +418,7 @@ class Dispatcher:
             raise Unauthorised("This upload token was used for another payload.", code="token_used")
         live.upload_sha256 = digest
 
-    async def submit(self, peer: PeerId, message: ResultMessage) -> ResultReply:
+    def submit(self, peer: PeerId, message: ResultMessage) -> ResultReply:
         """Takes a result under its lease; the same result again is acknowledged again.
 
         Raises:
@@ -441,7 +443,8 @@ class Dispatcher:
         if live is not None and record is not known:
             require_payload(self._context.blobs, live, message)
             require_receipt(self._context.domain, live, message, digest)
-            # Queued before it is stored: what is acknowledged later is always judged.
+            # Stored with its verdict: a lease that a restart finds without one is taken back.
+            live.message = message
             self._table.change(live, record)
             self.submissions.put_nowait(
                 Submission(
@@ -452,7 +455,6 @@ class Dispatcher:
                 )
             )
             self.on_capacity(peer)
-            await self._context.database.run(lambda session: store_record(session, record, message))
         return ResultReply(lease_id=result.lease_id, result_sha256=digest)
 
     def heartbeat(self, peer: PeerId, beat: Heartbeat) -> tuple[str, ...]:

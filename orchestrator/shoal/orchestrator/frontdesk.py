@@ -83,7 +83,7 @@ class FrontDesk:
 
     async def _result(self, peer: PeerId, data: bytes) -> bytes:
         self._roster.heard(peer)
-        return (await self._dispatcher.submit(peer, ResultMessage.decode(data))).encode()
+        return self._dispatcher.submit(peer, ResultMessage.decode(data)).encode()
 
     async def _failure(self, peer: PeerId, data: bytes) -> bytes:
         self._roster.member(peer)

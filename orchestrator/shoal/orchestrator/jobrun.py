@@ -256,7 +256,13 @@ class JobRun:
         return folder
 
     async def _kept(self) -> None:
-        """Before anyone is told: a version on the market can always be restored."""
+        """Before anything done under it is judged: the newest version survives a kill.
+
+        Its work is out by then.  A kill before loses both, and nobody was paid for it.
+
+        Raises:
+            Unavailable: it could not be kept.
+        """
         keeping = self._keeping
         if keeping is not None:
             await asyncio.wait((keeping,))
@@ -326,7 +332,7 @@ class JobRun:
     async def _publish(
         self, policy: PolicyVersion, facts: UpdatePredicate, metrics: dict[str, float]
     ) -> None:
-        """The market prepares work under ``policy``, and offers it once `_keep` is done."""
+        """``policy`` is worked under at once; nothing of that is judged before `_keep` is done."""
         row = None
         if not await self._records.has(policy):
             statement = update_statement(facts)

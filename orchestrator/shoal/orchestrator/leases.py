@@ -33,7 +33,9 @@ class LiveLease:
     ``backing_micros`` of its account's stake answer for it until its verdict.
     ``expected_ms`` is what its units usually take, and ``backlog_ms`` the same for what its
     node held before it.  ``upload_sha256`` is the one payload its token may store, absent
-    before the first upload.  ``rival`` is the live lease of another node for the same parcel.
+    before the first upload.  ``message`` is the result its holder handed in, absent before that;
+    it is stored with what becomes of the lease.  ``rival`` is the live lease of another node for
+    the same parcel.
     """
 
     record: LeaseRecord
@@ -47,6 +49,7 @@ class LiveLease:
     backing_micros: int = 0
     backlog_ms: int = 0
     upload_sha256: str | None = None
+    message: ResultMessage | None = None
     rival: LiveLease | None = None
 
     @property
@@ -220,23 +223,26 @@ def lease_row(live: LiveLease) -> LeaseRow:
     )
 
 
-def store_record(
-    session: Session,
-    record: LeaseRecord,
-    message: ResultMessage | None = None,
-    outcome: Outcome | None = None,
-) -> None:
-    """The lease's row says what ``record`` says, and what followed from it if anything did."""
-    values: dict[str, object] = {
+def handed_in(live: LiveLease) -> dict[str, object]:
+    """What the lease's row says of its result: nothing where none came."""
+    if live.message is None:
+        return {}
+    return {
+        "result": live.message.result.encode().decode(),
+        "receipt": live.message.receipt.encode().decode(),
+    }
+
+
+def store_end(session: Session, live: LiveLease, outcome: Outcome | None) -> None:
+    """The lease's row says how it ended, and what followed from it if anything did."""
+    record = live.record
+    values = handed_in(live) | {
         "state": record.state.value,
         "reason": record.reason or "",
         "ended_ms": record.ended_at_ms,
     }
     if outcome is not None:
         values["outcome"] = outcome.encode().decode()
-    if message is not None:
-        values["result"] = message.result.encode().decode()
-        values["receipt"] = message.receipt.encode().decode()
     update_row(session, LeaseRow, record.lease.lease_id, values)
 
 

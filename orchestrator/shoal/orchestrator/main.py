@@ -238,6 +238,8 @@ async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
         stack.push_async_callback(network.stop)
         compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         stack.callback(compute.shutdown, wait=True, cancel_futures=True)
+        checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check")
+        stack.callback(checking.shutdown, wait=True, cancel_futures=True)
         auditing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit")
         stack.callback(auditing.shutdown, wait=True, cancel_futures=True)
         yield Context(
@@ -252,6 +254,7 @@ async def open_context(config: OrchestratorConfig) -> AsyncIterator[Context]:
             domain=Domain(chain_id=deployment.chain_id, escrow=deployment.job_escrow),
             time=SystemTime(),
             compute=compute,
+            checking=checking,
             auditing=auditing,
         )
 

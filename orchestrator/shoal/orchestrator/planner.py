@@ -39,7 +39,7 @@ class Planner:
         journal: Which epoch is open.
         learner: Of the job.
         halt: Told of what the job cannot go on after.
-        kept: Awaited before a task is made; Unavailable while none may be.
+        kept: Awaited before any verdict on what was done under the newest version.
     """
 
     def __init__(
@@ -154,10 +154,6 @@ class Planner:
     ) -> Workload:
         spec = self._learner.spec
 
-        async def build_once_kept(parcel: Parcel) -> Task:
-            await self._kept()
-            return await build(parcel)
-
         # Only rollouts age: the others are made for the newest version.
         staleness = spec.max_staleness if kind is TaskKind.ROLLOUT else 0
         lot = Lot(
@@ -180,12 +176,13 @@ class Planner:
                 kind, self._base_sha256, spec.sampling.max_tokens, group_size(kind, spec)
             ),
             reserve=self.reserves[kind],
-            build_task=build_once_kept,
+            build_task=build,
             deliver=deliver,
             abandon=self._halt,
             max_result_bytes=max_result_bytes,
             verify=spec.verify,
             waiting=parcels,
+            restorable=self._kept,
             requester=self._learner.job.requester,
             delay_micros_per_s=spec.budget.delay_micros_per_s,
         )

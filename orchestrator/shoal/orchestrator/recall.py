@@ -62,7 +62,7 @@ class Recall:
             parcel, task = planned[task_stem(row.task_id)]
             named = task.model_copy(update={"task_id": row.task_id})
             read = functools.partial(self._read, row, named, parcel)
-            delivery = await self._context.computed(read)
+            delivery = await self._context.checked(read)
             if delivery is not None:
                 await workload.accept(delivery)
 

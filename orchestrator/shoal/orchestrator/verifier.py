@@ -23,14 +23,14 @@ from shoal.orchestrator.evidence import EvidenceDesk
 from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
-from shoal.orchestrator.leases import LiveLease, Submission, printable
+from shoal.orchestrator.leases import LiveLease, Submission, handed_in, printable
 from shoal.orchestrator.roster import Member
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.rows import insert_rows, update_row
 from shoal.orchestrator.store.tables import LeaseRow, StatementRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Delivery
-from shoal.protocol.errors import InvariantBroken, PeerFault, ShoalError
+from shoal.protocol.errors import InvariantBroken, PeerFault, ShoalError, Unavailable
 from shoal.protocol.ids import Digest, LeaseId, PeerId
 from shoal.protocol.result import Check, CheckName, Verdict
 from shoal.protocol.signing import sign
@@ -154,7 +154,8 @@ class Verifier:
         if audited is not None:
             await self._conclude(submission, audited)
         elif self._jobs.find(live.lease.job_id) is None:
-            await self._dismiss(live)
+            # No epoch is left to pay or state it in.
+            await self._dismiss(live, "the job has ended")
         elif evidence is not None:
             # Only now: another gradient may have continued from it while bytes were on their way.
             known = replace(evidence, spendable=self._spendable(live))
@@ -180,7 +181,7 @@ class Verifier:
         """The submission waits for its verdict again, with what its worker was asked for."""
         live, found = submission.live, ResidualEvidence()
         try:
-            link, size_bytes = await self._context.computed(lambda: self._link(submission))
+            link, size_bytes = await self._context.checked(lambda: self._link(submission))
             if link is not None:
                 found = await self.evidence_desk.collect(live, link, size_bytes)
         except Exception:
@@ -201,10 +202,10 @@ class Verifier:
             return None, 0
         return payload.residual, 4 * num_values(shapes)
 
-    async def _dismiss(self, live: LiveLease) -> None:
-        """The result of a job that is over already: no epoch is left to pay or state it in."""
+    async def _dismiss(self, live: LiveLease, reason: str) -> None:
+        """The result is of no use to its job any more, and nobody is to blame."""
         now_ms = self._context.time.now_ms()
-        record = judge(live.record, accepted=False, reason="the job has ended", now_ms=now_ms)
+        record = judge(live.record, accepted=False, reason=reason, now_ms=now_ms)
         await self._dispatcher.end(live, record, failed=False)
 
     async def _judge(
@@ -215,7 +216,7 @@ class Verifier:
         envelope, fault = self._open_statement(submission)
         if fault is None:
             result, blobs = submission.message.result, self._context.blobs
-            checks = self._context.computed(
+            checks = self._context.checked(
                 lambda: check_result(learner, blobs, live.task, result, evidence)
             )
             outcome = await self._checked(live, checks)
@@ -247,6 +248,14 @@ class Verifier:
 
     async def _conclude(self, submission: Submission, judgement: _Judgement) -> None:
         live, member, outcome = submission.live, submission.member, judgement.outcome
+        try:
+            # Work under a version that a kill would lose could never be explained again.
+            await live.workload.restorable()
+        except Unavailable as error:
+            await self._dismiss(live, printable(error.message))
+            return
+        if live.record.state.is_final:
+            return
         verdict = self._verdict(live, submission, judgement)
         member.audited += judgement.audit
         rows = self._statements(live, judgement.envelope if outcome.passed else None, verdict)
@@ -358,7 +367,7 @@ class Verifier:
         self, live: LiveLease, verdict: Verdict, rows: list[StatementRow], noted: Outcome | None
     ) -> None:
         lease = live.lease
-        values: dict[str, object] = {
+        values = handed_in(live) | {
             "verdict": verdict.encode().decode(),
             "audited": verdict.audited,
             "state": "accepted" if verdict.accepted else "rejected",

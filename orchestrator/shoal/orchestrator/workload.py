@@ -10,6 +10,7 @@ from typing import Protocol
 
 from shoal.market.ladder import is_tail
 from shoal.orchestrator.placement import Parcel, Placement
+from shoal.orchestrator.store.tables import Base
 from shoal.protocol.certificate import ReserveTerms
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.job import VerifySpec
@@ -38,6 +39,10 @@ def work_name(kind: TaskKind, base_sha256: str, max_tokens: int, group_size: int
     return f"{kind.value}:{base_sha256[:16]}:{max_tokens}:{group_size}"
 
 
+async def _at_once() -> None:
+    """Nothing has to be kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
     """Accepted work: the units done, and the verified payload."""
@@ -60,8 +65,11 @@ class Workload:
 
     ``work`` names what makes the times of its units comparable (`work_name`).  ``placement``
     is the lot's present clearing, absent before the first; ``certified`` holds the digests of
-    all its certificates that are written down.  ``handed_out`` is set once a worker has taken
-    the last of its parcels that waited.
+    all its certificates.  ``unwritten`` are the rows of lot and certificates that the database
+    does not have yet: they are written with the next lease, and soon without one.  ``handed_out`` is set once a worker has taken
+    the last of its parcels that waited.  ``restorable`` is awaited before any verdict on its
+    results: it returns once a kill would not lose the policy version they are of, and raises
+    Unavailable if that can never be.
     """
 
     lot: Lot
@@ -73,10 +81,12 @@ class Workload:
     max_result_bytes: Callable[[int], int]
     verify: VerifySpec
     waiting: list[Parcel]
+    restorable: Callable[[], Awaitable[None]] = _at_once
     requester: str = ""
     delay_micros_per_s: int = 0
     placement: Placement | None = None
     certified: set[str] = field(default_factory=set)
+    unwritten: list[Base] = field(default_factory=list)
     attempts: Counter[int] = field(default_factory=Counter)
     undelivered: set[Parcel] = field(default_factory=set)
     handed_out: asyncio.Event = field(default_factory=asyncio.Event)
