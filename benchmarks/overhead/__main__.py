@@ -7,7 +7,8 @@ interpreter; the base model is built beforehand.
 
 The market runs twice: with two workers that each take half of everything, in tasks of half a
 batch, and with one that samples and one that differentiates, in tasks of a whole batch
-(``--only halves``, ``--only roles``).
+(``--only halves``, ``--only roles``).  The process with two threads runs before and after each
+market, and their mean is what it is compared with, since the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -150,20 +151,24 @@ def main() -> None:
         models = root / "models"
         run_local(spec.model_copy(update={"max_steps": 1}), models, 1)
         found: dict[tuple[str, int], list[float]] = {}
+        before_s = run_local(spec, models, 2)
         for pair in range(arguments.pairs):
-            alone_s = {threads: run_local(spec, models, threads) for threads in (1, 2)}
+            one_thread_s = run_local(spec, models, 1)
             for arrangement in (_ARRANGEMENTS[name] for name in arguments.only):
                 market_s = asyncio.run(run_market(spec, root, arrangement))
+                after_s = run_local(spec, models, 2)
+                alone_s = {1: one_thread_s, 2: (before_s + after_s) / 2}
                 ratios = []
                 for threads, wall_s in alone_s.items():
                     ratios.append(market_s / wall_s)
                     found.setdefault((arrangement.name, threads), []).append(ratios[-1])
                 print(
                     f"pair {pair + 1}, {arrangement.name}: market {market_s:.1f} s, one process "
-                    f"{alone_s[1]:.1f} s (1 thread), {alone_s[2]:.1f} s (2 threads); ratios "
-                    + ", ".join(f"{ratio:.2f}" for ratio in ratios),
+                    f"{one_thread_s:.1f} s (1 thread), {before_s:.1f} and {after_s:.1f} s "
+                    "(2 threads); ratios " + ", ".join(f"{ratio:.2f}" for ratio in ratios),
                     flush=True,
                 )
+                before_s = after_s
         for (name, threads), ratios in found.items():
             median = statistics.median(ratios)
             print(f"median of {len(ratios)}, {name}: {median:.2f} times {threads} thread(s)")

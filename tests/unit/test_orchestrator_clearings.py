@@ -10,7 +10,6 @@ from orchestrator_bidders import certificates, conclude, sell, taken, three
 from orchestrator_lab import Lab, Sale, database_away, open_lab, run
 
 from shoal.orchestrator.placement import Placement
-from shoal.protocol.errors import Unavailable
 from shoal.protocol.market import Lease
 from shoal.protocol.node import FailureCause
 

@@ -145,9 +145,10 @@ def test_a_reply_lost_after_the_result_is_asked_for_again_and_counts_once(
                 submit(peer, message)
                 raise Unavailable("The line was cut.")
 
-            with monkeypatch.context() as patch, pytest.raises(Unavailable):
+            with monkeypatch.context() as patch:
                 patch.setattr(story.dispatcher, "submit", lose_reply)
-                await story.holder.submit(message)
+                with pytest.raises(Unavailable):
+                    await story.holder.submit(message)
             assert live.record.state is LeaseState.SUBMITTED
             await story.drop(story.holder)
             await story.come_back(story.holder)

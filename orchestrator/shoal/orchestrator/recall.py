@@ -69,7 +69,6 @@ class Recall:
     def _read(self, row: LeaseRow, task: Task, parcel: Parcel) -> Delivery | None:
         """The delivery on record, or None when its bytes are gone or are not this task's."""
         if row.result is None:
-            # Judged and paid, but the result itself could not be stored.
             _log.warning("not_recalled", extra={"task_id": row.task_id, "reason": "no result"})
             return None
         result = Result.model_validate_json(row.result)

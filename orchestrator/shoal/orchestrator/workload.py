@@ -66,10 +66,10 @@ class Workload:
     ``work`` names what makes the times of its units comparable (`work_name`).  ``placement``
     is the lot's present clearing, absent before the first; ``certified`` holds the digests of
     all its certificates.  ``unwritten`` are the rows of lot and certificates that the database
-    does not have yet: they are written with the next lease, and soon without one.  ``handed_out`` is set once a worker has taken
-    the last of its parcels that waited.  ``restorable`` is awaited before any verdict on its
-    results: it returns once a kill would not lose the policy version they are of, and raises
-    Unavailable if that can never be.
+    does not have yet: they are written with the next lease, and soon without one.
+    ``handed_out`` is set once a worker has taken the last of its parcels that waited.
+    ``restorable`` is awaited before any verdict on its results: it returns once a kill would not
+    lose the policy version they are of, and raises Unavailable if that can never be.
     """
 
     lot: Lot
