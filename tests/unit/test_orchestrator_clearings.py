@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from market_records import lease as lease_record
 from orchestrator_bidders import certificates, conclude, sell, taken, three
-from orchestrator_lab import Lab, Sale, database_away, open_lab, run
+from orchestrator_lab import Lab, Sale, database_away, open_lab, run, until
 
 from shoal.orchestrator.placement import Placement
 from shoal.protocol.market import Lease
@@ -88,7 +88,8 @@ class Clearing:
         auctioneer = self.lab.orchestrator.auctioneer
         found = auctioneer._clearings.placement(self.sale.workload, self.parcel)
         assert found is not None
-        await auctioneer._write_rest()
+        workload = self.sale.workload
+        await auctioneer._safely(workload, auctioneer._write_rest(workload))
         return found
 
     @staticmethod
@@ -111,7 +112,7 @@ def test_a_clearing_that_could_not_be_written_down_is_written_later_and_raises_o
             assert again.certificate.record.lot.reserve_micros == 1_100
             assert clearings.sale.workload.reserve.num_raises == 1
             assert len(await certificates(lab)) == 1
-            await lab.orchestrator.auctioneer._write_rest()
+            await clearings.placement()
             assert len(await certificates(lab)) == 2
 
     run(scenario)
@@ -132,6 +133,22 @@ def test_a_lot_that_nobody_can_take_is_cleared_again_only_with_a_new_book(tmp_pa
             await peer.bid()
             assert len((await clearings.placement()).ladder) == 1
             assert len(again.ladder) == 0
+
+    run(scenario)
+
+
+def test_a_clearing_of_which_nobody_got_a_lease_is_on_record(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            await (await lab.peer()).bid(price_micros=3_000)
+            sale = await lab.open_sale(job, max_micros=2_000)
+            sell(lab)
+            await until(lambda: sale.workload.placement is not None)
+            await until(lambda: not sale.workload.unwritten)
+            (certificate,) = await certificates(lab)
+            assert certificate.lot.lot_id == sale.workload.lot.lot_id
+            assert sale.workload.attempts.total() == 0
 
     run(scenario)
 

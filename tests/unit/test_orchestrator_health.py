@@ -8,8 +8,11 @@ from typing import Any, cast
 import pytest
 from learning_fixtures import make_spec
 from orchestrator_lab import Lab, open_lab, run
+from sqlalchemy import Select, text
+from sqlalchemy.dialects import sqlite
 
 from shoal.market.lease import LeaseState
+from shoal.orchestrator import health as health_module
 from shoal.orchestrator.evaluations import Evaluations
 from shoal.orchestrator.health import JobHealth
 from shoal.orchestrator.store.tables import LeaseRow, LotRow
@@ -119,6 +122,33 @@ def test_failures_are_counted_by_cause(tmp_path: Path) -> None:
             assert metrics["market/failed/not_finite"] == 1
             assert metrics["market/failed/environment"] == 3
             assert metrics["market/rejected_wrong_weights"] == 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("statement", "looked_up"),
+    [
+        (health_module._LIVE_LEASES, "(job_id=? AND ended_ms=?)"),
+        (health_module._ENDED_LEASES, "(job_id=? AND ended_ms>? AND ended_ms<?)"),
+        (health_module._FAILURES, "(job_id=? AND type=? AND at_ms>? AND at_ms<?)"),
+    ],
+)
+def test_an_update_looks_at_nothing_that_ended_before_the_last(
+    tmp_path: Path, statement: Select[Any], looked_up: str
+) -> None:
+    stretch = {"job_id": "0x1", "since_ms": 1, "until_ms": 2}
+    given = {name: stretch[name] for name in statement.compile().params.keys() & stretch}
+    query = statement.params(given).compile(
+        dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True}
+    )
+
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            plan = await lab.context.database.run(
+                lambda session: session.execute(text(f"EXPLAIN QUERY PLAN {query}")).all()
+            )
+            assert looked_up in plan[0].detail
 
     run(scenario)
 

@@ -18,7 +18,7 @@ from orchestrator_lab import open_lab, run, until
 from shoal.market.lease import LeaseState
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.verifier import Verifier
-from shoal.protocol.errors import InvalidRequest, InvariantBroken
+from shoal.protocol.errors import InvalidRequest, InvariantBroken, Unavailable
 from shoal.protocol.market import TaskKind
 from shoal.protocol.task import RolloutTask
 from shoal.provenance.dsse import Envelope
@@ -56,6 +56,8 @@ def test_honest_work_is_accepted_paid_stated_and_delivered(tmp_path: Path, schoo
             assert said.predicate.work_sha256 == work.payload_sha256
             row = await case.lab.lease_row(offer)
             assert (row.state, row.pay_micros, row.settlement_epoch) == ("accepted", 200, 1)
+            assert row.result == message.result.encode().decode()
+            assert row.receipt == message.receipt.encode().decode()
             # Sent again after the verdict, it is acknowledged and nothing more.
             await case.peer.submit(message)
             assert case.ledger.owed_micros == 200
@@ -286,6 +288,53 @@ def test_a_delivery_that_breaks_is_paid_and_ends_its_own_job_only(
             case.sale.workload.deliver = deliver
             offer, live = await case.lease()
             assert (await case.verdict(case.honest(offer), live)).accepted
+
+    run(scenario)
+
+
+def test_nothing_is_judged_while_a_kill_would_lose_the_version_it_is_of(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            is_kept = asyncio.Event()
+
+            async def kept() -> None:
+                await is_kept.wait()
+
+            case.sale.workload.restorable = kept
+            offer, live = await case.lease()
+            await case.peer.submit(case.honest(offer))
+            await asyncio.sleep(0.3)
+            assert await case.lab.statements() == []
+            assert (case.ledger.owed_micros, live.record.state.is_final) == (0, False)
+            is_kept.set()
+            await until(lambda: live.record.state.is_final)
+            assert case.ledger.owed_micros == 200
+
+    run(scenario)
+
+
+def test_work_under_a_version_that_could_not_be_kept_is_dismissed_and_nobody_blamed(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+
+            async def lost() -> None:
+                raise Unavailable("The version could not be kept.")
+
+            case.sale.workload.restorable = lost
+            offer, live = await case.lease()
+            await case.peer.submit(case.honest(offer))
+            await until(lambda: live.record.state.is_final)
+            await case.lab.orchestrator.dispatcher.drained(case.job)
+            assert await case.lab.statements() == []
+            assert case.ledger.free_micros == case.ledger.funded_micros
+            row = await case.lab.lease_row(offer)
+            assert (row.state, row.outcome) == ("rejected", None)
+            assert row.reason == "The version could not be kept."
+            assert not case.lab.orchestrator.setbacks.is_paused(case.peer.node)
 
     run(scenario)
 

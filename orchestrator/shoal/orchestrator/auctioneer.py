@@ -202,21 +202,15 @@ class Auctioneer:
                 await self._safely(behind.workload, self._hedge(behind, sooner=True))
             for last in outlooks.tail():
                 await self._safely(last.workload, self._hedge(last, sooner=False))
-            await self._write_rest()
+            for owing in [w for w in self._open if w.unwritten]:
+                await self._safely(owing, self._write_rest(owing))
 
-    async def _write_rest(self) -> None:
-        """Lots and clearings of which nobody got a lease are on record too."""
-        owing = [(workload, list(workload.unwritten)) for workload in self._open]
-        rows = [row for _, unwritten in owing for row in unwritten]
-        if not rows:
-            return
-        try:
-            await self._context.database.run(lambda session: insert_rows(session, *rows))
-        except Unavailable as error:
-            _log.warning("clearings_wait", extra={"reason": error.message})
-            return
-        for workload, unwritten in owing:
-            del workload.unwritten[: len(unwritten)]
+    async def _write_rest(self, workload: Workload) -> bool:
+        """The workload's lot and clearings are on record also where nobody got a lease of it."""
+        rows = list(workload.unwritten)
+        await self._context.database.run(lambda session: insert_rows(session, *rows))
+        del workload.unwritten[: len(rows)]
+        return True
 
     def _sweep(self) -> None:
         for workload in self._open:

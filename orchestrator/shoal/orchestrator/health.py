@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from shoal.market.lease import LeaseState
@@ -28,6 +28,30 @@ _GRADER_FAILED = "could not be judged: The grader of "
 _LIVE = tuple(state.value for state in LeaseState if not state.is_final)
 _WRITTEN_AFTER_MS = 1_000
 """What happens is written down a moment after the time it carries; by then it certainly is."""
+
+# Built once, and each answered by an index: an update must not cost more the longer its job lasts.
+_LEASES = (
+    select(
+        LeaseRow.kind,
+        LeaseRow.state,
+        LeaseRow.account,
+        func.count(),
+        func.sum(LeaseRow.num_units),
+        func.sum(LeaseRow.pay_micros),
+    )
+    .where(LeaseRow.job_id == bindparam("job_id"))
+    .group_by(LeaseRow.kind, LeaseRow.state, LeaseRow.account)
+)
+_LIVE_LEASES = _LEASES.where(LeaseRow.ended_ms.is_(None))
+_ENDED_LEASES = _LEASES.where(
+    LeaseRow.ended_ms >= bindparam("since_ms"), LeaseRow.ended_ms < bindparam("until_ms")
+)
+_FAILURES = select(EventRow.type, EventRow.data).where(
+    EventRow.job_id == bindparam("job_id"),
+    EventRow.type.in_(("lease_failed", "result_rejected")),
+    EventRow.at_ms >= bindparam("since_ms"),
+    EventRow.at_ms < bindparam("until_ms"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,27 +137,12 @@ class JobHealth:
                     LeaseRow.job_id == self._job_id, LeaseRow.ended_ms < since_ms
                 )
             )
-        ended = (LeaseRow.ended_ms >= since_ms) & (LeaseRow.ended_ms < until_ms)
-        leases = session.execute(
-            select(
-                LeaseRow.kind,
-                LeaseRow.state,
-                LeaseRow.account,
-                func.count(),
-                func.sum(LeaseRow.num_units),
-                func.sum(LeaseRow.pay_micros),
-            )
-            .where(LeaseRow.job_id == self._job_id, or_(LeaseRow.ended_ms.is_(None), ended))
-            .group_by(LeaseRow.kind, LeaseRow.state, LeaseRow.account)
-        )
-        events = session.execute(
-            select(EventRow.type, EventRow.data).where(
-                EventRow.job_id == self._job_id,
-                EventRow.type.in_(("lease_failed", "result_rejected")),
-                EventRow.at_ms >= since_ms,
-                EventRow.at_ms < until_ms,
-            )
-        )
+        stretch = {"job_id": self._job_id, "since_ms": since_ms, "until_ms": until_ms}
+        leases = [
+            *session.execute(_LIVE_LEASES, {"job_id": self._job_id}),
+            *session.execute(_ENDED_LEASES, stretch),
+        ]
+        events = session.execute(_FAILURES, stretch)
         tallies = [
             _Tally(
                 kind=kind,

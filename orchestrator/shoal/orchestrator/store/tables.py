@@ -117,7 +117,10 @@ class LeaseRow(Base):
     """One lease from offer to verdict, with the evidence each stage left."""
 
     __tablename__ = "leases"
-    __table_args__ = (Index("ix_leases_job_state", "job_id", "state"),)
+    __table_args__ = (
+        Index("ix_leases_job_state", "job_id", "state"),
+        Index("ix_leases_job_ended", "job_id", "ended_ms"),
+    )
 
     lease_id: Mapped[str] = mapped_column(String(80), primary_key=True)
     lease_epoch: Mapped[int] = mapped_column(Integer)
@@ -216,6 +219,7 @@ class EventRow(Base):
     """One thing that happened to a job, as a requester may read it."""
 
     __tablename__ = "events"
+    __table_args__ = (Index("ix_events_job_type_at", "job_id", "type", "at_ms"),)
 
     seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), index=True)
