@@ -12,15 +12,17 @@ import pytest
 from learning_fixtures import write_base
 from orchestrator_jobs import ended, submitted
 from orchestrator_lab import TIMEOUT_S, open_lab, run, until
+from sqlalchemy import select
 
 from shoal.orchestrator import jobrun
 from shoal.orchestrator.batches import Batch, Scored
 from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.store.tables import StatementRow
 from shoal.orchestrator.versions import VersionRecords
 from shoal.orchestrator.workload import Delivery, Workload
 from shoal.protocol.errors import Unavailable
 from shoal.protocol.market import TaskKind
-from shoal.provenance.statement import UpdatePredicate
+from shoal.provenance.statement import StatementKind, UpdatePredicate
 from shoal.rl.gradient import Group
 
 
@@ -141,6 +143,24 @@ def test_nothing_done_under_a_version_is_judged_while_a_kill_would_lose_it(
         assert job_run.learner.resume(1, job_run._context.blobs)[-1].version == 1
         records = VersionRecords(job_run._context, job_run._journal, job_run.job_id)
         assert await records.newest() == 1
+        await job_run._tidied()
+
+    run(lambda: play_job(tmp_path, monkeypatch, play))
+
+
+def test_an_epoch_that_turns_while_a_version_is_kept_does_not_close_without_its_statement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(job_run: JobRun) -> None:
+        journal = job_run._journal
+        closed = journal.open_epoch(job_run.job_id)
+        workload = await published(job_run, monkeypatch, lambda: journal.turn_epoch(job_run.job_id))
+        await workload.restorable()
+        update = StatementRow.kind == StatementKind.UPDATE.value
+        stated = await job_run._context.database.run(
+            lambda session: session.scalars(select(StatementRow.epoch).where(update)).all()
+        )
+        assert stated == [closed + 1]
         await job_run._tidied()
 
     run(lambda: play_job(tmp_path, monkeypatch, play))

@@ -28,7 +28,6 @@ from shoal.orchestrator.planner import Planner
 from shoal.orchestrator.recall import Recall
 from shoal.orchestrator.sampler import BatchSampler
 from shoal.orchestrator.slices import Slicer
-from shoal.orchestrator.store.tables import StatementRow
 from shoal.orchestrator.versions import VersionRecords, Versions
 from shoal.protocol.canonical import digest_of
 from shoal.protocol.errors import InvariantBroken, Unavailable
@@ -37,7 +36,6 @@ from shoal.provenance.statement import (
     StatementKind,
     UpdatePredicate,
     environment_statement,
-    update_statement,
 )
 from shoal.rl.aggregation import UpdateStats
 from shoal.rl.environments import Split, metric_names
@@ -242,16 +240,19 @@ class JobRun:
     async def _keep(
         self,
         policy: PolicyVersion,
-        statement: StatementRow | None,
+        facts: UpdatePredicate | None,
         metrics: dict[str, float],
         older: Sequence[int],
     ) -> Path:
-        """``policy`` is on record, and is restored from the folder returned after a kill."""
+        """``policy`` is restored from the folder returned after a kill, and is on record.
+
+        ``facts`` say how it was made; None where that was stated before.
+        """
         folder = await self._context.computed(
             lambda: self.learner.checkpoint(policy.version, older)
         )
-        if statement is not None:
-            await self._records.add(policy, statement, metrics)
+        if facts is not None:
+            await self._records.add(policy, facts, metrics)
         self._auctioneer.announcer.policy(policy)
         return folder
 
@@ -333,13 +334,11 @@ class JobRun:
         self, policy: PolicyVersion, facts: UpdatePredicate, metrics: dict[str, float]
     ) -> None:
         """``policy`` is worked under at once; nothing of that is judged before `_keep` is done."""
-        row = None
-        if not await self._records.has(policy):
-            statement = update_statement(facts)
-            row = self._journal.state(self.job_id, StatementKind.UPDATE, statement)
+        recorded = await self._records.has(policy)
         older = self._versions.wanted(policy.version, self.evaluations.pending())
         self._keeping = asyncio.create_task(
-            self._keep(policy, row, metrics, older), name=f"keep version {policy.version}"
+            self._keep(policy, None if recorded else facts, metrics, older),
+            name=f"keep version {policy.version}",
         )
         self._tidying = asyncio.create_task(
             self._tidy(policy, metrics, self._keeping), name=f"tidy version {policy.version}"
@@ -348,7 +347,7 @@ class JobRun:
         self._deltas.follow(self._current(), policy)
         self._versions.add(policy)
         # Under a version that was not on record nothing was ever accepted.
-        self._market.active = row is None
+        self._market.active = not recorded
         self._versions.drop_unwanted(policy.version, self.evaluations.pending())
 
     async def _state_environments(self) -> None:

@@ -147,7 +147,9 @@ class Journal:
     def state(self, job_id: str, kind: StatementKind, statement: bytes) -> StatementRow:
         """A row for a statement the orchestrator's node signs.
 
-        The caller adds the row to the transaction that makes the stated fact true.
+        The caller adds the row to the transaction that makes the stated fact true, and hands
+        that to the database before it waits for anything: an epoch that turned in between
+        would be closed without the row.
         """
         envelope = sign_envelope(
             statement,

@@ -11,10 +11,11 @@ from shoal.network.blob_store import BlobStore
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.store.rows import insert_rows, update_row
-from shoal.orchestrator.store.tables import JobRow, PolicyRow, StatementRow
+from shoal.orchestrator.store.tables import JobRow, PolicyRow
 from shoal.protocol.errors import InvalidRequest, InvariantBroken
 from shoal.protocol.job import JobSpec
 from shoal.protocol.policy import PolicyVersion
+from shoal.provenance.statement import StatementKind, UpdatePredicate, update_statement
 
 
 class Versions:
@@ -119,9 +120,10 @@ class VersionRecords:
         await self._context.database.run(lambda session: self._write(session, policy))
 
     async def add(
-        self, policy: PolicyVersion, statement: StatementRow, metrics: Mapping[str, float]
+        self, policy: PolicyVersion, facts: UpdatePredicate, metrics: Mapping[str, float]
     ) -> None:
         """The version, the statement of how it was made and its figures are one transaction."""
+        statement = self._journal.state(self._job_id, StatementKind.UPDATE, update_statement(facts))
 
         def write(session: Session) -> None:
             insert_rows(session, statement)
