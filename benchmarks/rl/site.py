@@ -42,8 +42,9 @@ from shoal.provenance.statement import (
 from shoal.rl.confidence import Estimate, Interval
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/addition.toml"
-SETTINGS: Final = ("max_steps=60", "batch_size=512", "tasks.rollout=16", "tasks.gradient=32")
-"""A short job, in tasks small enough that two workers share every batch."""
+SETTINGS: Final = ("max_steps=120", "batch_size=512", "tasks.rollout=16", "tasks.gradient=32")
+"""In tasks small enough that two workers share every batch, and for long enough that what is
+learnt stands out from what a held-out evaluation leaves open."""
 CAPACITY: Final = {"rollout": 32, "gradient": 32}
 """Equal for both: a site of several actors would by default hold as many times more."""
 SITE: Final = "site"
