@@ -20,6 +20,7 @@ from shoal.protocol.result import CheckName, Result
 from shoal.protocol.task import EvaluateTask, GradientTask, RolloutTask
 from shoal.rl import verification
 from shoal.rl.batch import EvaluatePayload, GradientPayload, RolloutPayload, RowLimits
+from shoal.rl.checklist import Checklist
 from shoal.rl.environments import Split
 from shoal.rl.evaluation import run_evaluate
 from shoal.rl.gradient import encode_slice, make_groups, run_gradient
@@ -94,12 +95,12 @@ def failed(checked: object) -> CheckName | None:
 
 def switch_off(monkeypatch: pytest.MonkeyPatch, name: CheckName) -> None:
     """The checklist as it is, but one check always passes."""
-    record = verification._Checklist.record
+    record = Checklist.record
 
-    def lenient(self: verification._Checklist, at: CheckName, passed: bool, detail: str) -> None:
+    def lenient(self: Checklist, at: CheckName, passed: bool, detail: str) -> None:
         record(self, at, passed or at is name, detail)
 
-    monkeypatch.setattr(verification._Checklist, "record", lenient)
+    monkeypatch.setattr(Checklist, "record", lenient)
 
 
 def test_honest_work_passes_every_check(

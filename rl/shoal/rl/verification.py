@@ -23,8 +23,6 @@ from shoal.models.engine import OnProgress
 from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
 from shoal.models.sampling import completion_numbers, draw_uniforms_bt
-from shoal.protocol.canonical import sha256_hex
-from shoal.protocol.errors import PeerFault
 from shoal.protocol.result import Check, CheckName, Result
 from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
 from shoal.rl.batch import (
@@ -34,14 +32,13 @@ from shoal.rl.batch import (
     GradientSlice,
     RolloutPayload,
     RowLimits,
-    prompt_sha256,
 )
+from shoal.rl.checklist import CheckFailedError, Checklist
 from shoal.rl.differentiate import SliceGradient
 from shoal.rl.environments import Environment, Split
 from shoal.rl.evaluation import sampling_temperature
 from shoal.rl.gradient import decode_slice, slice_gradient
 from shoal.rl.gradient_audit import (
-    Finding,
     ResidualEvidence,
     check_link,
     check_plausible,
@@ -50,12 +47,7 @@ from shoal.rl.gradient_audit import (
 from shoal.rl.reward import score_completions
 from shoal.rl.rollout import Prompts, decode_completions, encode_prompts, require_version
 
-JUDGED_DTYPE = "float32"
-"""Log-probabilities of other types differ from the recomputed ones by more than any tolerance
-that still tells one policy version from the next."""
-
 _AUDIT_LOGITS = 1 << 24
-_Payload = TypeVar("_Payload", RolloutPayload, EvaluatePayload, GradientPayload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +119,7 @@ def verify_rollout(
     Raises:
         InvalidRequest: an audit was asked of a policy that holds another adapter.
     """
-    checks = _Checklist()
+    checks = Checklist()
     limits = _limits(policy, task.prompts, task.group_size, task.sampling.max_tokens)
     try:
         payload = checks.common(
@@ -139,7 +131,7 @@ def verify_rollout(
         checks.termination(payload, policy.eos_ids, task.sampling.max_tokens)
         rewards = _rewards(policy, payload, environments, task.prompts, Split.TRAIN)
         checks.rewards(payload, rewards)
-    except _FailedError:
+    except CheckFailedError:
         return RolloutVerification(checks=tuple(checks.done))
     found = RolloutVerification(
         checks=tuple(checks.done), payload=payload, prompts=prompts, rewards=rewards
@@ -187,7 +179,7 @@ def verify_evaluate(
     Raises:
         InvalidRequest: an audit was asked of a policy that holds another adapter.
     """
-    checks = _Checklist()
+    checks = Checklist()
     limits = _limits(policy, task.prompts, task.samples_per_prompt, task.max_tokens)
     try:
         payload = checks.common(
@@ -199,7 +191,7 @@ def verify_evaluate(
         checks.termination(payload, policy.eos_ids, task.max_tokens)
         rewards = _rewards(policy, payload, environments, task.prompts, Split.EVAL)
         checks.rewards(payload, rewards)
-    except _FailedError:
+    except CheckFailedError:
         return EvaluateVerification(checks=tuple(checks.done))
     found = EvaluateVerification(
         checks=tuple(checks.done), payload=payload, prompts=prompts, rewards=rewards
@@ -240,7 +232,7 @@ def verify_gradient(
     Raises:
         InvalidRequest: an audit was asked of a policy that holds another adapter.
     """
-    checks = _Checklist()
+    checks = Checklist()
     rows = decode_slice(policy, task, slice_bytes)
     try:
         payload = checks.common(
@@ -253,7 +245,7 @@ def verify_gradient(
         checks.num_tokens(result, rows.num_tokens)
         checks.gradient(check_plausible(payload, task, rows))
         checks.gradient(check_link(payload, evidence))
-    except _FailedError:
+    except CheckFailedError:
         return GradientVerification(checks=tuple(checks.done))
     found = GradientVerification(checks=tuple(checks.done), payload=payload, rows=rows)
     return audit_gradient(policy, task, found, evidence) if audit else found
@@ -276,7 +268,7 @@ def audit_gradient(
     if payload is None or rows is None:
         return found
 
-    def look(checks: _Checklist) -> None:
+    def look(checks: Checklist) -> None:
         for finding in recomputed_checks(policy, task, rows, payload, evidence, honest):
             checks.gradient(finding)
 
@@ -299,113 +291,12 @@ def due_gradient(
     return slice_gradient(policy, task, decode_slice(policy, task, slice_bytes), on_progress)
 
 
-class _FailedError(Exception):
-    """Ends a verification at its first failed check."""
-
-
-class _Checklist:
-    """Runs checks in order, keeping each outcome."""
-
-    def __init__(self, done: Sequence[Check] = ()) -> None:
-        self.done = list(done)
-
-    def record(self, name: CheckName, passed: bool, detail: str) -> None:
-        self.done.append(Check(name=name, passed=passed, detail=detail[:500]))
-        if not passed:
-            raise _FailedError
-
-    def common(
-        self,
-        task: RolloutTask | EvaluateTask | GradientTask,
-        result: Result,
-        data: bytes,
-        num_units: int,
-        decode: Callable[[], _Payload],
-    ) -> _Payload:
-        """The decoded payload of a result that fits its task and its own digests."""
-        if (result.task_id, result.kind) != (task.task_id, task.kind):
-            self.record(CheckName.FORM, False, "the result is of another task")
-        if result.num_units != num_units:
-            detail = f"{result.num_units} units are claimed where the task has {num_units}"
-            self.record(CheckName.FORM, False, detail)
-        if result.dtype != JUDGED_DTYPE:
-            detail = f"dtype {result.dtype} cannot be judged; compute in {JUDGED_DTYPE}"
-            self.record(CheckName.FORM, False, detail)
-        try:
-            payload = decode()
-        except PeerFault as fault:
-            self.record(CheckName.FORM, False, fault.message)
-            raise
-        self.record(CheckName.FORM, True, f"{num_units} units in {len(data)} bytes")
-        sent = (sha256_hex(data), len(data), result.task_sha256)
-        named = (result.payload.sha256, result.payload.size_bytes, task.digest())
-        self.record(
-            CheckName.DIGEST,
-            sent == named,
-            f"payload {sent[0][:12]}, named {named[0][:12]}; "
-            f"task {named[2][:12]}, named {sent[2][:12]}",
-        )
-        committed = task.policy.policy_sha256()
-        self.record(
-            CheckName.POLICY,
-            result.policy_sha256 == committed,
-            f"computed under {result.policy_sha256[:12]}, due under {committed[:12]} "
-            f"(version {task.policy.version})",
-        )
-        return payload
-
-    def num_tokens(self, result: Result, num_tokens: int) -> None:
-        if result.num_tokens != num_tokens:
-            detail = f"{result.num_tokens} tokens are claimed where {num_tokens} were sent"
-            self.record(CheckName.FORM, False, detail)
-
-    def prompts(self, payload: RolloutPayload | EvaluatePayload, prompts: Prompts) -> None:
-        due = [prompt_sha256(prompt) for prompt in prompts]
-        pairs = zip(due, payload.prompts_sha256, strict=True)
-        wrong = [number for number, (ours, theirs) in enumerate(pairs) if ours != theirs]
-        self.record(
-            CheckName.PROMPTS,
-            not wrong,
-            f"prompt {wrong[0]} is not the one asked" if wrong else f"all {len(due)} as asked",
-        )
-
-    def termination(
-        self, payload: RolloutPayload | EvaluatePayload, eos_ids: frozenset[int], max_tokens: int
-    ) -> None:
-        lengths_b = np.array([len(row) for row in payload.token_ids])
-        last_b = np.cumsum(lengths_b) - 1
-        is_end_n = np.isin(np.concatenate(payload.token_ids), list(eos_ids))
-        ended_b = is_end_n[last_b]
-        goes_on_b = np.add.reduceat(is_end_n, last_b - lengths_b + 1, dtype=np.int64) > ended_b
-        lies_b = ended_b != payload.finished
-        stops_b = ~ended_b & (lengths_b != max_tokens)
-        for number in np.flatnonzero(goes_on_b | lies_b | stops_b):
-            fault = f"stops after {lengths_b[number]} of {max_tokens} tokens without an end token"
-            if goes_on_b[number]:
-                fault = "goes on after an end token"
-            elif lies_b[number]:
-                fault = "says the contrary of its last token about having finished"
-            self.record(CheckName.TERMINATION, False, f"row {number} {fault}")
-        detail = f"all {len(payload.token_ids)} rows end by themselves or at {max_tokens} tokens"
-        self.record(CheckName.TERMINATION, True, detail)
-
-    def rewards(self, payload: RolloutPayload | EvaluatePayload, rewards: Floats) -> None:
-        differing = int((np.abs(payload.rewards - rewards) > 1e-6).sum())
-        detail = f"mean {float(rewards.mean()):.4f} recomputed"
-        if differing:
-            detail += f"; {differing} of {len(rewards)} claims differ and are ignored"
-        self.record(CheckName.REWARDS, True, detail)
-
-    def gradient(self, finding: Finding) -> None:
-        self.record(CheckName.GRADIENT, finding.passed, finding.detail)
-
-
-def _checked_further(found: _Verified, look: Callable[[_Checklist], None]) -> _Verified:
+def _checked_further(found: _Verified, look: Callable[[Checklist], None]) -> _Verified:
     """``found`` with the checks that ``look`` adds; nothing of it may be used if one fails."""
-    checks = _Checklist(found.checks)
+    checks = Checklist(found.checks)
     try:
         look(checks)
-    except _FailedError:
+    except CheckFailedError:
         return type(found)(checks=tuple(checks.done))
     return replace(found, checks=tuple(checks.done))
 
@@ -435,7 +326,7 @@ def _rewards(
 
 
 def _audit_logprobs(
-    checks: _Checklist,
+    checks: Checklist,
     policy: Policy,
     task: RolloutTask,
     payload: RolloutPayload,
@@ -456,7 +347,7 @@ def _audit_logprobs(
 
 
 def _audit_evaluation(
-    checks: _Checklist,
+    checks: Checklist,
     policy: Policy,
     task: EvaluateTask,
     payload: EvaluatePayload,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.rl.batch import EvaluatePayload
-from shoal.rl.verification import _Checklist, _FailedError
+from shoal.rl.checklist import CheckFailedError, Checklist
 
 END_IDS = frozenset({0, 3})
 MAX_TOKENS = 4
@@ -40,10 +40,10 @@ def test_the_first_row_that_ends_wrongly_is_named(rows: list[tuple[list[int], bo
     )
     faults = [(number, fault_of(*row)) for number, row in enumerate(rows)]
     due = next((f"row {number} {fault}" for number, fault in faults if fault), None)
-    checks = _Checklist()
+    checks = Checklist()
     try:
         checks.termination(payload, END_IDS, MAX_TOKENS)
-    except _FailedError:
+    except CheckFailedError:
         assert checks.done[-1].detail == due
     else:
         assert due is None
