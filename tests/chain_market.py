@@ -428,7 +428,7 @@ async def _open_context(
 
 async def _close(market: ChainMarket) -> None:
     await market.orchestrator.jobs.close()
-    await market.orchestrator.dispatcher.close()
+    await market.orchestrator.dispatcher.offers.close()
     for provider in market.providers:
         await provider.network.stop()
 

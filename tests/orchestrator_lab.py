@@ -481,7 +481,7 @@ class Lab:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.orchestrator.jobs.close()
-        await self.orchestrator.dispatcher.close()
+        await self.orchestrator.dispatcher.offers.close()
         for network in self._peers:
             await network.stop()
 

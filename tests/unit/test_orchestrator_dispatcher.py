@@ -236,7 +236,7 @@ def test_an_offer_nobody_answers_ends_by_the_offer_clock(tmp_path: Path) -> None
             assert (live.record.state, live.record.clock) == (LeaseState.EXPIRED, Clock.OFFER)
             # The answer that comes now starts nothing.
             deal.peer.gate.set()
-            await until(lambda: not deal.dispatcher._offers)
+            await until(lambda: not deal.dispatcher.offers)
             assert deal.untouched()
 
     run(scenario)

@@ -81,7 +81,7 @@ def test_a_result_may_come_before_the_answer_to_the_offer(tmp_path: Path) -> Non
             lab.context.blobs.put_bytes(PAYLOAD)
             await peer.submit(peer.message(offer, PAYLOAD))
             peer.gate.set()
-            await until(lambda: not lab.orchestrator.dispatcher._offers)
+            await until(lambda: not lab.orchestrator.dispatcher.offers)
             assert live.record.state is LeaseState.SUBMITTED
 
     run(scenario)

@@ -28,9 +28,10 @@ from shoal.orchestrator.leases import (
     printable,
     store_end,
 )
+from shoal.orchestrator.offers import ANSWER_WITHIN_MS, Offers
 from shoal.orchestrator.outlooks import Outlooks
 from shoal.orchestrator.placement import Parcel
-from shoal.orchestrator.roster import Member, Roster
+from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
 from shoal.orchestrator.store.rows import insert_rows
@@ -49,13 +50,10 @@ from shoal.protocol.errors import (
 from shoal.protocol.ids import LeaseId, PeerId, new_id
 from shoal.protocol.market import Award, TaskKind
 from shoal.protocol.node import (
-    LEASE_PROTOCOL,
     FailureCause,
     FailureReply,
     Heartbeat,
     LeaseFailure,
-    LeaseOffer,
-    LeaseReply,
     ResultMessage,
     ResultReply,
 )
@@ -63,9 +61,6 @@ from shoal.protocol.signing import sign
 
 _log = logging.getLogger(__name__)
 
-_ANSWER_WITHIN_MS = 10_000
-"""How long a node may take to say whether it takes a lease: its offer clock."""
-_OFFER_TIMEOUT_S = _ANSWER_WITHIN_MS / 1_000
 _UNKNOWN_UNIT_MS = 1_000
 """What a unit is taken to cost while none of its job and kind has been accepted."""
 
@@ -92,7 +87,8 @@ class Dispatcher:
         self.outlooks = Outlooks(context, self._table)
         """What is to be expected of nodes and leases."""
         self.pace = self.outlooks.pace
-        self._offers: set[asyncio.Task[None]] = set()
+        self.offers = Offers(context, roster, self._hearing, self._table, self.end)
+        """Leases on their way to their nodes."""
         self._fewer = asyncio.Event()
         self.submissions: asyncio.PriorityQueue[Submission] = asyncio.PriorityQueue()
         self._arrivals = itertools.count()
@@ -100,8 +96,6 @@ class Dispatcher:
         """Called with a node that may take more units, whose lease may have left some waiting."""
         self.on_served: Callable[[LiveLease, int], None] = lambda live, spent_ms: None
         """Called with an accepted lease and the worker time it took."""
-        self.on_taken: Callable[[LiveLease, Member], None] = lambda live, member: None
-        """Called with a lease, and the node that has just taken it."""
 
     def in_flight(self) -> Mapping[tuple[str, TaskKind], int]:
         """Units each node holds of each kind; a submitted result no longer counts."""
@@ -137,7 +131,7 @@ class Dispatcher:
             ledger.release(lease_id)
             workload.give_back(parcel, failed=False)
             raise
-        self._send_offer(live)
+        self.offers.send(live)
         return live
 
     async def grant_again(self, slow: LiveLease, award: Award) -> LiveLease:
@@ -160,7 +154,7 @@ class Dispatcher:
             ledger.release(lease_id)
             workload.attempts.subtract(parcel)
             raise
-        self._send_offer(live)
+        self.offers.send(live)
         return live
 
     def _drop(self, lease_id: LeaseId) -> None:
@@ -170,13 +164,6 @@ class Dispatcher:
             self._part(live)
             self._table.remove(live)
             self._wake_drained()
-
-    def _send_offer(self, live: LiveLease) -> None:
-        # A clock or the end of the job may have taken it back while it was written down.
-        if live.record.state is LeaseState.OFFERED:
-            offer = asyncio.create_task(self._offer(live))
-            self._offers.add(offer)
-            offer.add_done_callback(self._offers.discard)
 
     async def _issue(
         self,
@@ -201,7 +188,7 @@ class Dispatcher:
             times=Times(now_ms=self._context.time.now_ms(), backlog_ms=backlog_ms),
         )
         live = LiveLease(
-            record=leases.offer(lease, answer_within_ms=_ANSWER_WITHIN_MS),
+            record=leases.offer(lease, answer_within_ms=ANSWER_WITHIN_MS),
             signed=sign(lease, self._context.domain, self._context.account),
             task=task,
             units=units,
@@ -231,81 +218,6 @@ class Dispatcher:
     def _expected_unit_ms(self, workload: Workload) -> int:
         median = self.pace.median_unit_ms(workload.lot.job_id, workload.kind)
         return _UNKNOWN_UNIT_MS if median is None else median
-
-    async def _offer(self, live: LiveLease) -> None:
-        offer = LeaseOffer(
-            lease=live.signed,
-            task=live.task,
-            upload_token=live.upload_token,
-            max_result_bytes=live.max_result_bytes,
-            revoked=self._table.untold(live.lease.node),
-        )
-        node = PeerId(live.lease.node)
-        try:
-            reply = LeaseReply.decode(await self._offered(node, offer.encode()))
-            if reply.refusal is not None:
-                await self._refused(live, reply.refusal)
-                return
-            self._table.change(
-                live,
-                leases.take(
-                    live.record,
-                    node=node,
-                    lease_epoch=live.lease.lease_epoch,
-                    now_ms=self._context.time.now_ms(),
-                ),
-            )
-            if not live.workload.waiting:
-                live.workload.handed_out.set()
-            member = self._roster.find(node)
-            if member is not None:
-                self.on_taken(live, member)
-        except ShoalError as error:
-            await self._unanswered(live, error.message)
-
-    async def _offered(self, node: PeerId, offer: bytes) -> bytes:
-        """The node's answer to an offer, which it answers alike however often it hears it."""
-        network = self._context.network
-        try:
-            return await network.request(node, LEASE_PROTOCOL, offer, timeout_s=_OFFER_TIMEOUT_S)
-        except Unavailable:
-            # A node that came back has replaced its connection: the offer goes over the new one.
-            if node not in network.peers():
-                raise
-            return await network.request(node, LEASE_PROTOCOL, offer, timeout_s=_OFFER_TIMEOUT_S)
-
-    async def _unanswered(self, live: LiveLease, reason: str) -> None:
-        """No word of the holder's: the offer clock ends it if it has run out, else we do at once.
-
-        The first heartbeat or even the result may have come first; only an offer still open is
-        lost.
-        """
-        if live.record.state is not LeaseState.OFFERED:
-            return
-        now_ms = self._context.time.now_ms()
-        member = self._roster.find(live.lease.node)
-        is_here = member is not None and self._roster.is_here(member)
-        if self._hearing.is_deaf(now_ms) and not is_here:
-            record = leases.revoke(live.record, reason=printable(reason)[:500], now_ms=now_ms)
-            await self.end(live, record, failed=False)
-            return
-        record = leases.expire_if_due(live.record, now_ms=now_ms)
-        if record is live.record:
-            await self._refused(live, reason)
-        else:
-            await self.end(live, record, failed=True)
-
-    async def _refused(self, live: LiveLease, reason: str) -> None:
-        if not live.record.state.is_open:
-            return
-        record = leases.refuse(
-            live.record,
-            node=live.lease.node,
-            lease_epoch=live.lease.lease_epoch,
-            reason=printable(reason)[:500],
-            now_ms=self._context.time.now_ms(),
-        )
-        await self.end(live, record, failed=False)
 
     async def end(self, live: LiveLease, record: LeaseRecord, *, failed: bool) -> None:
         """The lease is over without a paid result: money freed, units wait again."""
@@ -564,12 +476,6 @@ class Dispatcher:
                 and None
             )
         )
-
-    async def close(self) -> None:
-        """Waits for offers under way to end."""
-        for offer in list(self._offers):
-            offer.cancel()
-        await asyncio.gather(*self._offers, return_exceptions=True)
 
 
 def _no_lease(lease_id: str) -> NotFound:

@@ -160,7 +160,7 @@ class Orchestrator:
                 task.cancel()
             await asyncio.gather(*loops, return_exceptions=True)
             await self.jobs.close()
-            await self.dispatcher.close()
+            await self.dispatcher.offers.close()
 
     async def _tick(self) -> None:
         while True:

@@ -111,7 +111,7 @@ class Verifier:
         self._record = record
         self._jobs = jobs
         self._audits = Audits(context)
-        dispatcher.on_taken = self._foresee
+        dispatcher.offers.on_taken = self._foresee
         self._draw: Callable[[], float] = secrets.SystemRandom().random
         self.evidence_desk = EvidenceDesk(context)
         self._evidence: dict[str, ResidualEvidence] = {}
