@@ -79,12 +79,19 @@ def test_rollouts_are_offered_once_a_worker_has_the_gradient_or_after_a_moment(
 
 
 async def published(
-    job_run: JobRun, monkeypatch: pytest.MonkeyPatch, before_checkpoint: Callable[[], object]
+    job_run: JobRun,
+    monkeypatch: pytest.MonkeyPatch,
+    before_checkpoint: Callable[[], object] = lambda: None,
+    *,
+    recorded: bool = False,
 ) -> Workload:
-    """The job's first update is published; work under it."""
+    """The job's first update is published, perhaps for the second time; work under it."""
     learner = job_run.learner
     learner.checkpoint(0)
     policy = learner.publish(1, job_run._context.blobs)
+    if recorded:
+        await job_run._records.begin(policy)
+        await job_run._records.newest()
     checkpoint = learner.checkpoint
 
     def late(version: int, older: Collection[int] = ()) -> Path:
@@ -161,6 +168,19 @@ def test_an_epoch_that_turns_while_a_version_is_kept_does_not_close_without_its_
             lambda session: session.scalars(select(StatementRow.epoch).where(update)).all()
         )
         assert stated == [closed + 1]
+        await job_run._tidied()
+
+    run(lambda: play_job(tmp_path, monkeypatch, play))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_after_a_restart_work_is_recalled_until_an_update_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    async def play(job_run: JobRun) -> None:
+        job_run._market.active = True
+        await published(job_run, monkeypatch, recorded=recorded)
+        assert job_run._market.active is recorded
         await job_run._tidied()
 
     run(lambda: play_job(tmp_path, monkeypatch, play))

@@ -347,7 +347,7 @@ class JobRun:
         self._deltas.follow(self._current(), policy)
         self._versions.add(policy)
         # Under a version that was not on record nothing was ever accepted.
-        self._market.active = not recorded
+        self._market.active = recorded
         self._versions.drop_unwanted(policy.version, self.evaluations.pending())
 
     async def _state_environments(self) -> None:
