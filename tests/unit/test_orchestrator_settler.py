@@ -256,6 +256,30 @@ def test_a_database_that_fails_the_very_last_closing_loses_no_pay(
     run(scenario)
 
 
+def test_pay_is_posted_only_where_its_verdict_is_on_record(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job = await lab.add_job()
+            settler = lab.orchestrator.settler
+            await pay(lab, job, ALICE, 300)
+            # The database refused the write of this one's verdict just before the epoch closes.
+            unwritten = PayEntry(
+                task_id=new_id("task"), lease_id=new_id("lease"), account=BOB, pay_micros=200
+            )
+            settler.ledger(job).hold(unwritten.lease_id, 200)
+            settler.ledger(job).accept(unwritten)
+            assert await settler.settle(job)
+            assert lab.chain.posted[-1].cumulative_micros == 300
+            assert lab.chain.posted[-1].pay_root == root(job, {ALICE: 300})
+            # Total and verdicts agree after a restart too, so the next epoch can be posted.
+            assert (await settler.adopt(job)).owed_micros == 300
+            await pay(lab, job, BOB, 50)
+            assert await settler.settle(job)
+            assert lab.chain.posted[-1].cumulative_micros == 350
+
+    run(scenario)
+
+
 def test_a_refusing_escrow_does_not_stop_the_other_jobs(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path) as lab:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from eth_utils.address import to_checksum_address
@@ -93,6 +94,22 @@ class PayoutSet(Record):
         )
 
 
+def payout_set(job_id: str, epoch: int, owed: Iterable[tuple[str, int]]) -> PayoutSet:
+    """Accounts and what they are owed in micros, as the payout set of ``epoch``.
+
+    An account may come more than once, and in several cases: the chain knows only one.
+    """
+    totals: Counter[Account] = Counter()
+    for account, micros in owed:
+        totals[Account(to_checksum_address(account))] += micros
+    payouts = tuple(
+        Payout(job_id=job_id, epoch=epoch, account=account, cumulative_micros=micros)
+        for account, micros in sorted(totals.items(), key=lambda item: item[0].lower())
+        if micros
+    )
+    return PayoutSet(job_id=job_id, epoch=epoch, payouts=payouts, total_micros=totals.total())
+
+
 class Ledger:
     """One job's money: funded, held for running leases, owed to accounts.
 
@@ -120,7 +137,7 @@ class Ledger:
         self._job_id = job_id
         self._funded = funded_micros
         self._held: dict[str, int] = {}
-        self._owed: dict[Account, int] = {}
+        self._owed: dict[str, int] = {}
         self._total = 0
         self._paid: dict[str, PayEntry] = {}
         for entry in entries:
@@ -240,28 +257,9 @@ class Ledger:
 
     def payouts(self, epoch: int) -> PayoutSet:
         """What is owed now, as the payout set of ``epoch``."""
-        accounts = sorted(
-            (account for account, micros in self._owed.items() if micros),
-            key=lambda account: account.lower(),
-        )
-        return PayoutSet(
-            job_id=self._job_id,
-            epoch=epoch,
-            payouts=tuple(
-                Payout(
-                    job_id=self._job_id,
-                    epoch=epoch,
-                    account=account,
-                    cumulative_micros=self._owed[account],
-                )
-                for account in accounts
-            ),
-            total_micros=self._total,
-        )
+        return payout_set(self._job_id, epoch, self._owed.items())
 
     def _record(self, entry: PayEntry) -> None:
-        # One account may be written in several cases; the chain knows only one.
-        account = Account(to_checksum_address(entry.account))
-        self._owed[account] = self._owed.get(account, 0) + entry.pay_micros
+        self._owed[entry.account] = self._owed.get(entry.account, 0) + entry.pay_micros
         self._total += entry.pay_micros
         self._paid[entry.claim] = entry

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from shoal.contracts.records import Claim, EpochPost, EscrowState
 from shoal.market.lease import LeaseState
-from shoal.market.settlement import Ledger, PayEntry, PayoutSet
+from shoal.market.settlement import Ledger, PayEntry, PayoutSet, payout_set
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.effects import closing_key, enqueue_closing, enqueue_epoch, epoch_key
 from shoal.orchestrator.journal import Journal
@@ -94,20 +94,18 @@ class Settler:
                 # Who posts looks first; else workers might work on for nothing.
                 await self._unfrozen(job_id)
                 return False
-            # One synchronous step: pay decided from here on belongs to the next epoch.
+            # Pay decided from here on belongs to the next epoch; what was decided before and is
+            # being written is ahead of the closing in the database's thread.
             epoch = self._journal.turn_epoch(job_id)
-            payouts = self._ledgers[job_id].payouts(epoch)
-            await self._context.database.run(lambda session: self._close(session, payouts))
+            await self._context.database.run(lambda session: self._close(session, job_id, epoch))
             await self._post_unposted(job_id)
             return True
 
-    def _close(self, session: Session, payouts: PayoutSet) -> None:
-        job = session.get_one(JobRow, payouts.job_id)
+    def _close(self, session: Session, job_id: str, through: int) -> None:
+        job = session.get_one(JobRow, job_id)
         # Normally one epoch; more where the database failed after an epoch was turned.
-        for epoch in range(job.epoch, payouts.epoch + 1):
-            owed = payouts
-            if epoch < payouts.epoch:
-                owed = _stored_ledger(session, job.job_id, through=epoch).payouts(epoch)
+        for epoch in range(job.epoch, through + 1):
+            owed = _owed(session, job_id, epoch)
             statements = session.scalars(
                 select(StatementRow)
                 .where(StatementRow.job_id == job.job_id, StatementRow.epoch == epoch)
@@ -129,7 +127,7 @@ class Settler:
             )
             session.add(EpochRow(**post.model_dump(), payouts=owed.encode().decode()))
             enqueue_epoch(session, self._context.account.address, post)
-        job.epoch = payouts.epoch + 1
+        job.epoch = through + 1
 
     async def _post_unposted(self, job_id: str) -> None:
         rows = await self._context.database.run(
@@ -240,13 +238,29 @@ def _pending(session: Session, job_id: str) -> bool:
     return bool(stated)
 
 
-def _stored_ledger(session: Session, job_id: str, through: int | None = None) -> Ledger:
-    """The job's money by the accepted verdicts up to epoch ``through``, or by all."""
+def _owed(session: Session, job_id: str, epoch: int) -> PayoutSet:
+    """What the verdicts on record owe up to the epoch.
+
+    Not what the ledger in memory says: a verdict whose write fails was never given, and what is
+    committed on the chain can only grow.
+    """
+    rows = session.execute(
+        select(LeaseRow.account, func.sum(LeaseRow.pay_micros))
+        .where(
+            LeaseRow.job_id == job_id,
+            LeaseRow.state == LeaseState.ACCEPTED.value,
+            LeaseRow.settlement_epoch <= epoch,
+        )
+        .group_by(LeaseRow.account)
+    )
+    return payout_set(job_id, epoch, ((account, int(micros)) for account, micros in rows))
+
+
+def _stored_ledger(session: Session, job_id: str) -> Ledger:
+    """The job's money by its accepted verdicts."""
     query = select(LeaseRow).where(
         LeaseRow.job_id == job_id, LeaseRow.state == LeaseState.ACCEPTED.value
     )
-    if through is not None:
-        query = query.where(LeaseRow.settlement_epoch <= through)
     entries = [
         PayEntry(
             task_id=row.task_id,
