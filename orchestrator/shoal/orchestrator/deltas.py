@@ -98,6 +98,7 @@ class PolicyDeltas:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _make(self, before: PolicyVersion, after: PolicyVersion) -> None:
+        steps = self._steps.setdefault(after.job_id, OrderedDict())
         try:
             ref = await asyncio.to_thread(self._write, before.adapter, after.adapter)
         except (ShoalError, OSError) as error:
@@ -111,8 +112,11 @@ class PolicyDeltas:
         step = DeltaStep(
             base_sha256=before.adapter.sha256, target_sha256=after.adapter.sha256, blob=ref
         )
-        steps = self._steps.setdefault(after.job_id, OrderedDict())
         steps[step.target_sha256] = self._by_target[step.target_sha256] = step
+        if self._steps.get(after.job_id) is not steps:
+            # The job ended meanwhile.
+            self._forget(step)
+            return
         if len(steps) > _MAX_STEPS:
             self._forget(steps.popitem(last=False)[1])
 
