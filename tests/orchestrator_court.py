@@ -135,7 +135,7 @@ def learner_of(school: School, spec: JobSpec | None = None) -> Any:
 
 def enrol(orchestrator: Orchestrator, job: str, learner: Any) -> None:
     """The job runs, as far as a judge can tell."""
-    running = SimpleNamespace(learner=learner, selling=False, policy=None)
+    running = SimpleNamespace(learner=learner, selling=False, policy=None, let_go=lambda: None)
     orchestrator.jobs._running[job] = cast(Any, running)
 
 

@@ -392,6 +392,7 @@ def test_lots_and_certificates_are_gossiped_and_a_network_that_cannot_holds_noth
             assert lots.record.lots == tuple(sale.workload.lot for sale in sales)
             sell(lab)
             await arrival(peer.offers)
+            await until(lambda: bool(lab.orchestrator.auctioneer.announcer._certificates))
             await lab.orchestrator.auctioneer.announcer.flush()
             told = Signed[CertificateAnnouncement].decode(await arrival(heard))
             (first, *_) = told.record.certificates

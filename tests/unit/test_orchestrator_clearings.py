@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from market_records import lease as lease_record
 from orchestrator_bidders import certificates, conclude, sell, taken, three
-from orchestrator_lab import Lab, Sale, database_away, open_lab, run, until
+from orchestrator_lab import Lab, Sale, arrival, database_away, open_lab, run, until
+from sqlalchemy.exc import OperationalError
 
 from shoal.orchestrator.placement import Placement
+from shoal.orchestrator.store.database import Database
 from shoal.protocol.market import Lease
 from shoal.protocol.node import FailureCause
 
@@ -149,6 +153,59 @@ def test_a_clearing_of_which_nobody_got_a_lease_is_on_record(tmp_path: Path) -> 
             (certificate,) = await certificates(lab)
             assert certificate.lot.lot_id == sale.workload.lot.lot_id
             assert sale.workload.attempts.total() == 0
+
+    run(scenario)
+
+
+def test_nobody_is_told_of_a_certificate_that_is_not_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job, auctioneer = await lab.add_job(), lab.orchestrator.auctioneer
+            await (await lab.peer()).bid(price_micros=3_000)
+            told = auctioneer.announcer._certificates
+            with database_away(monkeypatch):
+                sale = await lab.open_sale(job, max_micros=2_000)
+                sell(lab)
+                await until(lambda: sale.workload.placement is not None)
+                await asyncio.sleep(0.05)
+                assert not told
+                # Nor is it forgotten with its job, which ends meanwhile.
+                auctioneer.withdraw(job)
+            auctioneer.poke()
+            await until(lambda: bool(told))
+            assert [known.record for known in told] == await certificates(lab)
+            await until(lambda: not auctioneer._owing)
+
+    run(scenario)
+
+
+def test_an_answer_lost_after_the_commit_ends_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path) as lab:
+            job, honest = await lab.add_job(), Database.run_now
+            lost: list[object] = []
+
+            def run_now(database: Database, work: Any) -> Any:
+                done = honest(database, work)
+                if work.__qualname__.startswith("Dispatcher._issue") and not lost:
+                    lost.append(work)
+                    raise OperationalError("COMMIT", {}, Exception("the connection was closed"))
+                return done
+
+            monkeypatch.setattr(Database, "run_now", run_now)
+            peer = await lab.peer()
+            await peer.bid()
+            sale = await lab.open_sale(job)
+            sell(lab)
+            await until(lambda: bool(lost))
+            lab.orchestrator.auctioneer.poke()
+            await arrival(peer.offers)
+            assert sale.abandoned == []
+            assert len(await certificates(lab)) == 1
 
     run(scenario)
 

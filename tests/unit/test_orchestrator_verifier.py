@@ -16,6 +16,7 @@ from orchestrator_court import court
 from orchestrator_lab import open_lab, run, until
 
 from shoal.market.lease import LeaseState
+from shoal.orchestrator.audits import Audits
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.verifier import Verifier
 from shoal.protocol.errors import InvalidRequest, InvariantBroken, Unavailable
@@ -315,6 +316,62 @@ def test_nothing_is_judged_while_a_kill_would_lose_the_version_it_is_of(
     run(scenario)
 
 
+def test_results_of_others_do_not_wait_for_a_version_to_be_kept(
+    tmp_path: Path, school: School
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school, num_units=4) as case:
+            is_kept = asyncio.Event()
+
+            async def kept() -> None:
+                await is_kept.wait()
+
+            workload = case.sale.workload
+            workload.restorable, workload.is_restorable = kept, is_kept.is_set
+            (offer, live), (second, later) = await case.lease(), await case.lease()
+            other = await case.lab.peer()
+            elsewhere = await case.lab.open_sale(case.job, 2)
+            elsewhere.make = case.sale.make
+            await other.bid()
+            offered, judged = await case.lab.lease(other, elsewhere)
+            await case.peer.submit(case.honest(offer))
+            await case.peer.submit(case.honest(second))
+            await other.submit(case.honest(offered, other))
+            await until(lambda: judged.record.state.is_final)
+            assert not live.record.state.is_final
+            is_kept.set()
+            await until(lambda: live.record.state.is_final and later.record.state.is_final)
+            assert case.ledger.owed_micros == 600
+
+    run(scenario)
+
+
+def test_what_waits_for_its_audit_while_its_job_is_cut_off_is_dismissed(
+    tmp_path: Path, school: School, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with court(tmp_path, school) as case:
+            begun, go_on, audit = asyncio.Event(), asyncio.Event(), Audits.audit
+
+            async def slowly(audits: Audits, *args: Any) -> Any:
+                begun.set()
+                await go_on.wait()
+                return await audit(audits, *args)
+
+            monkeypatch.setattr(Audits, "audit", slowly)
+            offer, live = await case.lease()
+            await case.peer.submit(case.honest(offer))
+            await begun.wait()
+            await case.lab.orchestrator.jobs._abort(case.job, "a defect")
+            go_on.set()
+            await until(lambda: live.record.state.is_final)
+            await case.lab.orchestrator.dispatcher.drained(case.job)
+            row = await case.lab.lease_row(offer)
+            assert (row.state, row.pay_micros, row.reason) == ("rejected", 0, "the job has ended")
+
+    run(scenario)
+
+
 def test_work_under_a_version_that_could_not_be_kept_is_dismissed_and_nobody_blamed(
     tmp_path: Path, school: School
 ) -> None:
@@ -441,7 +498,10 @@ def test_a_job_that_ends_while_its_result_is_judged_stops_no_judge(
             message = case.honest(offer)
             with monkeypatch.context() as patch:
                 patch.setattr(verification, "verify_rollout", meanwhile)
-                assert (await case.verdict(message, live)).pay_micros == 200
+                await case.peer.submit(message)
+                await until(lambda: live.record.state.is_final)
+            # No epoch is left that would pay it.
+            assert case.ledger.owed_micros == 0
             running[case.job] = job
             offer, live = await case.lease()
             assert (await case.verdict(case.honest(offer), live)).accepted

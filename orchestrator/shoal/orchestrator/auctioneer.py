@@ -19,7 +19,7 @@ from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.sealer import Sealer
 from shoal.orchestrator.setbacks import Setbacks
-from shoal.orchestrator.store.rows import insert_rows
+from shoal.orchestrator.store.rows import insert_missing
 from shoal.orchestrator.store.tables import LotRow
 from shoal.orchestrator.track_record import TrackRecord
 from shoal.orchestrator.workload import Workload
@@ -72,8 +72,10 @@ class Auctioneer:
         self.announcer = Announcer(context, lambda: roster.blob_urls)
         """Tells everybody of lots, certificates and, for the jobs, of policy versions."""
         self._open: list[Workload] = []
+        self._owing: list[Workload] = []
+        """Those no longer open whose lot or certificates are not on record yet."""
         self._shares = FairShares()
-        self._clearings = Clearings(context, sealer, record, self._can_take, self.announcer)
+        self._clearings = Clearings(context, sealer, record, self._can_take)
         self._changed = asyncio.Event()
         self._with_room: defaultdict[TaskKind, dict[str, None]] = defaultdict(dict)
         """Nodes that may have room for a kind, in the order in which they came to have it."""
@@ -202,20 +204,29 @@ class Auctioneer:
                 await self._safely(behind.workload, self._hedge(behind, sooner=True))
             for last in outlooks.tail():
                 await self._safely(last.workload, self._hedge(last, sooner=False))
-            for owing in [w for w in self._open if w.unwritten]:
+            for owing in [w for w in (*self._open, *self._owing) if w.owes_record]:
                 await self._safely(owing, self._write_rest(owing))
+            self._owing = [w for w in self._owing if w.owes_record]
 
     async def _write_rest(self, workload: Workload) -> bool:
-        """The workload's lot and clearings are on record also where nobody got a lease of it."""
+        """The workload's lot and clearings are on record also where nobody got a lease of it.
+
+        Only then is anybody told of a certificate: who hears of it may ask for it.
+        """
         rows = list(workload.unwritten)
-        await self._context.database.run(lambda session: insert_rows(session, *rows))
-        del workload.unwritten[: len(rows)]
+        if rows:
+            await self._context.database.run(lambda session: insert_missing(session, *rows))
+            del workload.unwritten[: len(rows)]
+        for certificate in workload.untold:
+            self.announcer.certificate(certificate)
+        workload.untold.clear()
         return True
 
     def _sweep(self) -> None:
         for workload in self._open:
             if workload.closed or not workload.undelivered:
                 self._setbacks.forget_lot(workload.lot.lot_id)
+        self._owing += [w for w in self._open if w.owes_record and (w.closed or not w.undelivered)]
         self._open = [w for w in self._open if w.undelivered and not w.closed]
 
     async def _share_out(self) -> None:

@@ -9,7 +9,6 @@ from shoal.market.clearing import Auction, Cleared, Refusal, parcels_of
 from shoal.market.frozen import TermsTable
 from shoal.market.pricing import next_posted_price
 from shoal.market.reserve import raised
-from shoal.orchestrator.announcer import Announcer
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.sealer import SealedMarket, Sealer
@@ -31,7 +30,6 @@ class Clearings:
         sealer: Whose book lots are cleared over.
         record: What receipts and stake say of the bidders.
         can_take: Whether a node may be leased so many units of a workload now, and has room.
-        announcer: Who tells everybody of a certificate.
     """
 
     def __init__(
@@ -40,13 +38,11 @@ class Clearings:
         sealer: Sealer,
         record: TrackRecord,
         can_take: Callable[[Workload, str, int], bool],
-        announcer: Announcer,
     ) -> None:
         self._context = context
         self._sealer = sealer
         self._record = record
         self._can_take = can_take
-        self._announcer = announcer
         self._posted: dict[tuple[str, TaskKind], int] = {}
 
     def forget(self, job_id: str) -> None:
@@ -122,11 +118,11 @@ class Clearings:
         # Written with the lease that cites it; what is cleared again to the same end is there.
         if row.sha256 not in workload.certified:
             workload.unwritten.append(row)
+            workload.untold.append(signed)
             workload.certified.add(row.sha256)
         # A task that is only done twice is no new demand.
         if posted_micros is not None and workload.waiting:
             self._posted[workload.lot.job_id, workload.kind] = posted_micros
-        self._announcer.certificate(signed)
         earlier = {} if before is None else before.carried(workload.undelivered)
         return Placement.of(signed, cleared, earlier)
 

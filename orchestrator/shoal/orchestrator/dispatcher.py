@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from shoal.market import lease as leases
 from shoal.market.lease import LeaseRecord, LeaseState
@@ -34,7 +35,7 @@ from shoal.orchestrator.placement import Parcel
 from shoal.orchestrator.roster import Roster
 from shoal.orchestrator.setbacks import Setbacks
 from shoal.orchestrator.settler import Settler
-from shoal.orchestrator.store.rows import insert_rows
+from shoal.orchestrator.store.rows import insert_missing, insert_rows
 from shoal.orchestrator.store.tables import LeaseRow
 from shoal.orchestrator.terms import Times, make_lease
 from shoal.orchestrator.track_record import TrackRecord
@@ -204,10 +205,13 @@ class Dispatcher:
             rival.rival = live
         self._table.add(live)
         unwritten = list(workload.unwritten)
+
+        def write(session: Session) -> None:
+            insert_missing(session, *unwritten)
+            insert_rows(session, lease_row(live))
+
         try:
-            await self._context.database.run(
-                lambda session: insert_rows(session, *unwritten, lease_row(live))
-            )
+            await self._context.database.run(write)
             del workload.unwritten[: len(unwritten)]
         except Unavailable:
             # Ended meanwhile: its units are waiting again already.

@@ -63,7 +63,9 @@ class JobRun:
         self.learner = learner
         self.job_id = learner.job_id
         self._halted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._planner = Planner(context, journal, learner, self.halt, self._kept)
+        self._planner = Planner(
+            context, journal, learner, self.halt, self._kept, lambda: self._is_kept
+        )
         self._market = Recall(context, auctioneer, learner)
         self.evaluations = Evaluations(
             context, journal, self._market, self._planner, learner.spec, self._keep_best
@@ -100,6 +102,10 @@ class JobRun:
             self._halted.set_exception(error)
             # Looked at, so that a run which ended first does not complain of it.
             self._halted.exception()
+
+    def let_go(self) -> None:
+        """The job is over: its policy versions may be dropped to make room."""
+        self._versions.let_go()
 
     async def restore(self) -> None:
         """The run stands where the records say the job stood.
@@ -255,6 +261,11 @@ class JobRun:
             await self._records.add(policy, facts, metrics)
         self._auctioneer.announcer.policy(policy)
         return folder
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether `_kept` returns, or raises, at once."""
+        return self._keeping is None or self._keeping.done()
 
     async def _kept(self) -> None:
         """Before anything done under it is judged: the newest version survives a kill.

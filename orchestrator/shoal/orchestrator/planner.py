@@ -40,6 +40,7 @@ class Planner:
         learner: Of the job.
         halt: Told of what the job cannot go on after.
         kept: Awaited before any verdict on what was done under the newest version.
+        is_kept: Whether that returns at once.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Planner:
         learner: Learner,
         halt: Callable[[ShoalError], None],
         kept: Callable[[], Awaitable[None]],
+        is_kept: Callable[[], bool],
     ) -> None:
         self._context = context
         self._journal = journal
         self._learner = learner
         self._halt = halt
         self._kept = kept
+        self._is_kept = is_kept
         self.job_id = learner.job_id
         self._environments_sha256 = digest_of(
             [environment.digest() for environment in learner.environments]
@@ -183,6 +186,7 @@ class Planner:
             verify=spec.verify,
             waiting=parcels,
             restorable=self._kept,
+            is_restorable=self._is_kept,
             requester=self._learner.job.requester,
             delay_micros_per_s=spec.budget.delay_micros_per_s,
         )

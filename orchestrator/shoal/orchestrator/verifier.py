@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Coroutine
@@ -53,6 +54,8 @@ _log = logging.getLogger(__name__)
 NEWCOMER_AUDITS = 10
 """A provider's first results are all recomputed. Source: docs/architecture, "Trust"."""
 
+_JOB_ENDED = "the job has ended"
+"""No epoch is left to pay or state its results in."""
 _MAX_AUDITED = 8
 """So many results may wait for their audits, with all that was decoded of them in memory."""
 
@@ -115,9 +118,10 @@ class Verifier:
         self._draw: Callable[[], float] = secrets.SystemRandom().random
         self.evidence_desk = EvidenceDesk(context)
         self._evidence: dict[str, ResidualEvidence] = {}
-        self._audited: dict[str, _Judgement] = {}
+        self._judged: dict[str, _Judgement] = {}
+        """By lease: what is known of a result that waited beside the others."""
         self._held: dict[str, list[Submission]] = {}
-        """By node one of whose results is being audited: what else it handed in meanwhile."""
+        """By node one of whose results waits so: what else it handed in meanwhile."""
         self._room = asyncio.Semaphore(_MAX_AUDITED)
         self._beside: set[asyncio.Task[None]] = set()
 
@@ -139,8 +143,8 @@ class Verifier:
 
     async def _take(self, submission: Submission) -> None:
         live, member = submission.live, submission.member
-        audited = self._audited.pop(live.lease.lease_id, None)
-        if audited is not None:
+        judged = self._judged.pop(live.lease.lease_id, None)
+        if judged is not None:
             for held in self._held.pop(live.lease.node):
                 self._dispatcher.submissions.put_nowait(held)
         elif live.lease.node in self._held:
@@ -151,11 +155,10 @@ class Verifier:
         # Another worker's result for the same units may have been accepted meanwhile.
         if live.record.state.is_final:
             return
-        if audited is not None:
-            await self._conclude(submission, audited)
-        elif self._jobs.find(live.lease.job_id) is None:
-            # No epoch is left to pay or state it in.
-            await self._dismiss(live, "the job has ended")
+        if self._jobs.find(live.lease.job_id) is None:
+            await self._dismiss(live, _JOB_ENDED)
+        elif judged is not None:
+            await self._conclude(submission, judged)
         elif evidence is not None:
             # Only now: another gradient may have continued from it while bytes were on their way.
             known = replace(evidence, spendable=self._spendable(live))
@@ -173,6 +176,10 @@ class Verifier:
         task = asyncio.create_task(work)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+
+    def _hold(self, live: LiveLease) -> None:
+        """What the lease's node hands in from now on waits until the lease is judged again."""
+        self._held[live.lease.node] = []
 
     def _spendable(self, live: LiveLease) -> Collection[Digest]:
         return self.evidence_desk.spendable(live.lease.job_id, live.lease.node)
@@ -225,7 +232,7 @@ class Verifier:
         judgement = _Judgement(envelope=envelope, outcome=outcome, audit=audit)
         if audit and outcome.passed:
             await self._room.acquire()
-            self._held[live.lease.node] = []
+            self._hold(live)
             self._do_beside(self._audit(submission, learner, judgement, evidence))
         else:
             await self._conclude(submission, judgement)
@@ -242,12 +249,26 @@ class Verifier:
         if found is None:
             raise InvariantBroken(f"Lease {live.lease.lease_id} is audited and was never checked.")
         outcome = await self._checked(live, self._audits.audit(learner, live, found, evidence))
-        self._audited[live.lease.lease_id] = replace(judgement, outcome=outcome)
-        self._dispatcher.submissions.put_nowait(submission)
+        self._judge_again(submission, replace(judgement, outcome=outcome))
         self._room.release()
+
+    async def _until_kept(self, submission: Submission, judgement: _Judgement) -> None:
+        """The submission waits for its verdict again, once its policy version is kept or lost."""
+        with contextlib.suppress(Unavailable):
+            await submission.live.workload.restorable()
+        self._judge_again(submission, judgement)
+
+    def _judge_again(self, submission: Submission, judgement: _Judgement) -> None:
+        self._judged[submission.live.lease.lease_id] = judgement
+        self._dispatcher.submissions.put_nowait(submission)
 
     async def _conclude(self, submission: Submission, judgement: _Judgement) -> None:
         live, member, outcome = submission.live, submission.member, judgement.outcome
+        if not live.workload.is_restorable():
+            # Beside the others, which may be of other jobs.
+            self._hold(live)
+            self._do_beside(self._until_kept(submission, judgement))
+            return
         try:
             # Work under a version that a kill would lose could never be explained again.
             await live.workload.restorable()
@@ -255,6 +276,9 @@ class Verifier:
             await self._dismiss(live, printable(error.message))
             return
         if live.record.state.is_final:
+            return
+        if self._jobs.find(live.lease.job_id) is None:
+            await self._dismiss(live, _JOB_ENDED)
             return
         verdict = self._verdict(live, submission, judgement)
         member.audited += judgement.audit

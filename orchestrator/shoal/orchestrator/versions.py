@@ -74,6 +74,11 @@ class Versions:
         for number in set(self._held) - keep:
             self._blobs.unpin(self._held.pop(number).adapter.sha256)
 
+    def let_go(self) -> None:
+        """None is pinned any more; the newest is still known."""
+        for policy in self._held.values():
+            self._blobs.unpin(policy.adapter.sha256)
+
 
 class VersionRecords:
     """What the database says of a job's versions."""

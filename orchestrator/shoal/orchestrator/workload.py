@@ -11,7 +11,7 @@ from typing import Protocol
 from shoal.market.ladder import is_tail
 from shoal.orchestrator.placement import Parcel, Placement
 from shoal.orchestrator.store.tables import Base
-from shoal.protocol.certificate import ReserveTerms
+from shoal.protocol.certificate import ClearingCertificate, ReserveTerms
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.job import VerifySpec
 from shoal.protocol.market import Lease, Lot, TaskKind
@@ -66,10 +66,12 @@ class Workload:
     ``work`` names what makes the times of its units comparable (`work_name`).  ``placement``
     is the lot's present clearing, absent before the first; ``certified`` holds the digests of
     all its certificates.  ``unwritten`` are the rows of lot and certificates that the database
-    does not have yet: they are written with the next lease, and soon without one.
+    does not have yet: they are written with the next lease, and soon without one.  ``untold``
+    are the certificates nobody was told of: that waits until they are written.
     ``handed_out`` is set once a worker has taken the last of its parcels that waited.
     ``restorable`` is awaited before any verdict on its results: it returns once a kill would not
-    lose the policy version they are of, and raises Unavailable if that can never be.
+    lose the policy version they are of, and raises Unavailable if that can never be;
+    ``is_restorable`` says whether it does so at once.
     """
 
     lot: Lot
@@ -82,11 +84,13 @@ class Workload:
     verify: VerifySpec
     waiting: list[Parcel]
     restorable: Callable[[], Awaitable[None]] = _at_once
+    is_restorable: Callable[[], bool] = lambda: True
     requester: str = ""
     delay_micros_per_s: int = 0
     placement: Placement | None = None
     certified: set[str] = field(default_factory=set)
     unwritten: list[Base] = field(default_factory=list)
+    untold: list[Signed[ClearingCertificate]] = field(default_factory=list)
     attempts: Counter[int] = field(default_factory=Counter)
     undelivered: set[Parcel] = field(default_factory=set)
     handed_out: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,6 +114,11 @@ class Workload:
         if self.waiting:
             return False
         return is_tail(sum(map(len, self.undelivered)), self.lot.num_units)
+
+    @property
+    def owes_record(self) -> bool:
+        """Whether lot or certificates are not yet on record, or not yet announced."""
+        return bool(self.unwritten or self.untold)
 
     async def accept(self, delivery: Delivery) -> None:
         """Hands accepted work to whoever wanted it, the first time it comes."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from sqlalchemy import Insert, Table, Update, bindparam, insert, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from shoal.orchestrator.store.tables import Base
@@ -26,6 +27,18 @@ def insert_rows(session: Session, *rows: Base) -> None:
         session.connection().execute(statement, values)
 
 
+def insert_missing(session: Session, *rows: Base) -> None:
+    """As `insert_rows`, but a row that is there already, by its primary key, stays as it is.
+
+    For what is written again where the answer to the commit may have been lost.
+    """
+    dialect = session.connection().dialect.name
+    for row in rows:
+        statement, columns = _insert_missing_into(type(row), dialect)
+        values = {name: value for name, value in vars(row).items() if name in columns}
+        session.connection().execute(statement, values)
+
+
 def update_row(session: Session, table: type[Base], key: str, values: Mapping[str, object]) -> None:
     """The row whose one-column primary key is ``key``, if there is one, has these values."""
     session.connection().execute(_update_of(table), {_KEY: key, **values})
@@ -35,6 +48,13 @@ def update_row(session: Session, table: type[Base], key: str, values: Mapping[st
 def _insert_into(table: type[Base]) -> tuple[Insert, frozenset[str]]:
     target = cast("Table", table.__table__)
     return insert(target), frozenset(target.columns.keys())
+
+
+@functools.cache
+def _insert_missing_into(table: type[Base], dialect: str) -> tuple[Insert, frozenset[str]]:
+    target = cast("Table", table.__table__)
+    insert_into = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return insert_into(target).on_conflict_do_nothing(), frozenset(target.columns.keys())
 
 
 @functools.cache
