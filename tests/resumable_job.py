@@ -172,9 +172,9 @@ def _play_process(play: Play) -> None:
         countdown.around(Path, name)
     drain = Jobs._drain
 
-    async def last_of_all(*args: Any) -> None:
+    async def last_of_all(*args: Any) -> Any:
         countdown.settling = True
-        await drain(*args)
+        return await drain(*args)
 
     patch.object(Jobs, "_drain", last_of_all).start()
     if play.forget_moments:

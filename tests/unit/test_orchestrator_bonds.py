@@ -16,7 +16,7 @@ from orchestrator_lab import Lab, open_lab, run
 from shoal.contracts.delivery import Landing
 from shoal.contracts.transactions import Call
 from shoal.network.identity import NodeIdentity
-from shoal.orchestrator import jobs
+from shoal.orchestrator import job_escrow
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.main import Orchestrator
 from shoal.protocol.errors import ChainRejected, Unavailable
@@ -208,7 +208,7 @@ def test_a_deployment_without_bonds_costs_no_transaction(tmp_path: Path) -> None
 def test_a_job_runs_only_once_its_bond_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    monkeypatch.setattr(jobs, "_CHAIN_RETRY_S", 0)
+    monkeypatch.setattr(job_escrow, "_CHAIN_RETRY_S", 0)
     base = str(write_base(tmp_path / "base"))
     bonds_seen: list[int] = []
 

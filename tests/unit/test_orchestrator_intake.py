@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from learning_fixtures import write_base
 from orchestrator_chain import FUNDED_MICROS
-from orchestrator_lab import DOMAIN, Lab, open_lab, run
+from orchestrator_lab import DOMAIN, TIMEOUT_S, Lab, open_lab, run
 from sqlalchemy import select
 
+from shoal.orchestrator import intake
 from shoal.orchestrator.intake import Intake, pause_s
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import InvalidRequest, NotFound, OverBudget, Unauthorised
 from shoal.protocol.job import BudgetSpec, EnvSpec, EvalSpec, Job, JobState, TaskSizes
 from shoal.protocol.signing import Signed, sign
+from shoal.rl.base_models import fetch_base
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,41 @@ def test_the_same_job_is_kept_once_even_at_the_same_time(tmp_path: Path, base: s
             again = await desk.intake.submit(job)
             assert {row.job_id for row in (*rows, again)} == {job.record.job_id()}
             assert len(await lab.rows(JobRow)) == 1
+
+    run(scenario)
+
+
+def test_a_job_nobody_paid_for_yet_holds_no_room(tmp_path: Path, base: str) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            await Desk(lab, base).intake.submit(lab.make_job(model=base))
+            assert lab.context.blobs._pins == {}
+
+    run(scenario)
+
+
+def test_a_job_that_arrives_holds_up_no_update(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            downloading, done = threading.Event(), threading.Event()
+
+            def slowly(*args: Any, **options: Any) -> Path:
+                downloading.set()
+                done.wait(TIMEOUT_S)
+                return fetch_base(*args, **options)
+
+            monkeypatch.setattr(intake, "fetch_base", slowly)
+            submitting = asyncio.create_task(
+                Desk(lab, base).intake.submit(lab.make_job(model=base))
+            )
+            await asyncio.to_thread(downloading.wait, TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                await lab.context.computed(lambda: None)
+            assert not submitting.done()
+            done.set()
+            assert (await submitting).state == JobState.FUNDING.value
 
     run(scenario)
 

@@ -12,23 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 from deliveries import made_up_delivery
+from eth_account import Account
 from learning_fixtures import write_base
 from orchestrator_chain import MemoryChain
 from orchestrator_jobs import ended, submitted
-from orchestrator_lab import DOMAIN, TIMEOUT_S, Sale, open_lab, run
+from orchestrator_lab import DOMAIN, TIMEOUT_S, Sale, open_lab, run, until
+from orchestrator_pay import ALICE, pay
+from sqlalchemy.exc import OperationalError
 
 from shoal.network.identity import NodeIdentity
-from shoal.orchestrator import jobs
+from shoal.orchestrator import job_escrow
+from shoal.orchestrator import jobs as jobs_module
 from shoal.orchestrator.jobrun import JobRun
+from shoal.orchestrator.jobs import Jobs
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
+from shoal.orchestrator.store.database import Database, DatabaseDown
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.errors import (
     ChainRejected,
     InvalidRequest,
     InvariantBroken,
     OverBudget,
-    Unauthorised,
 )
 from shoal.protocol.job import JobCommand, JobCommandKind, TaskSizes
 from shoal.protocol.node import OpenJob
@@ -160,7 +165,7 @@ def test_workers_hear_of_a_job_while_its_policy_is_being_loaded(
 def test_a_transaction_that_fails_in_its_block_is_sent_again_and_a_refusal_is_an_end(
     tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, refuses: str
 ) -> None:
-    monkeypatch.setattr(jobs, "_CHAIN_RETRY_S", 0)
+    monkeypatch.setattr(job_escrow, "_CHAIN_RETRY_S", 0)
 
     async def scenario() -> None:
         async with open_lab(tmp_path, allow_local_models=True) as lab:
@@ -291,52 +296,87 @@ def test_a_restart_while_settling_goes_on_to_the_same_end_and_releases_once(
     run(go_on)
 
 
-@pytest.mark.parametrize("when", ["funding", "loading", "running", "paused"])
-def test_a_requester_may_cancel_at_any_time(
-    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, when: str
+def test_a_job_that_loses_the_database_ends_the_process_and_goes_on_in_the_next(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, account, identity = MemoryChain(), Account.create(), NodeIdentity.generate()
+    honest, losses = Database.run_now, ["JobHealth", "Settler.adopt"]
+
+    def run_now(database: Database, work: Any) -> Any:
+        if losses and work.__qualname__.startswith(losses[0]):
+            losses.pop(0)
+            raise OperationalError("SELECT", {}, Exception("the database is starting up"))
+        return honest(database, work)
+
+    async def process() -> JobRow:
+        async with open_lab(
+            tmp_path, account=account, identity=identity, chain=chain, allow_local_models=True
+        ) as lab:
+
+            async def play(job_run: JobRun) -> None:
+                if not chain.posted and len(losses) == 2:
+                    await pay(lab, job_run.job_id, ALICE, 300)
+                # As every update does.
+                await job_run._health.market_metrics()
+
+            plays(monkeypatch, play)
+            if jobs:
+                await lab.orchestrator.jobs.resume()
+            else:
+                jobs.append(await submitted(lab, base))
+                await lab.orchestrator.jobs.start(jobs[0])
+            row = await ended(lab, jobs[0])
+            if row.state == "running":
+                with pytest.raises(DatabaseDown, match="starting up"):
+                    await lab.orchestrator.jobs.watch()
+            return row
+
+    jobs: list[str] = []
+    monkeypatch.setattr(Database, "run_now", run_now)
+    assert [run(process).state for _ in range(3)] == ["running", "running", "complete"]
+    assert losses == []
+    assert (chain.escrows[jobs[0]].committed_micros, chain.escrows[jobs[0]].closed) == (300, True)
+
+
+def test_a_defect_outside_a_run_still_pays_for_what_was_accepted(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path, allow_local_models=True) as lab:
-            running = asyncio.Event()
 
             async def play(job_run: JobRun) -> None:
-                running.set()
-                if when == "paused":
-                    raise OverBudget("No money is left.")
-                await job_run._unless_halted(asyncio.Event().wait())
+                await pay(lab, job_run.job_id, ALICE, 300)
+
+            async def broken(*_: object) -> None:
+                raise RuntimeError("secret internals")
 
             plays(monkeypatch, play)
-            jobs = lab.orchestrator.jobs
-            if when == "funding":
-                row = await lab.orchestrator.intake.submit(lab.make_job(model=base))
-                job = row.job_id
-            else:
-                job = await submitted(lab, base)
-                await jobs.start(job)
-            if when == "running":
-                await running.wait()
-            if when == "paused":
-                assert (await ended(lab, job)).state == "paused"
+            monkeypatch.setattr(Jobs, "_drain", broken)
+            job = await submitted(lab, base)
+            await lab.orchestrator.jobs.start(job)
+            row = await ended(lab, job)
+            assert (row.state, row.reason) == ("failed", jobs_module._DEFECT)
+            escrow = lab.chain.escrows[job]
+            assert (escrow.committed_micros, escrow.closed) == (300, True)
+
+    run(scenario)
+
+
+def test_a_job_that_is_over_holds_no_room_but_its_release(tmp_path: Path, base: str) -> None:
+    async def scenario() -> None:
+        async with open_lab(tmp_path, allow_local_models=True) as lab:
+            job = await submitted(lab, base, max_steps=1)
+            await lab.orchestrator.jobs.start(job)
+            await until(lambda: bool(lab.orchestrator.jobs.running_ids()))
+            held = set(lab.context.blobs._pins)
+            row = await lab.orchestrator.intake.require(job)
+            files = {file.blob.sha256 for file in BaseModelRef.model_validate_json(row.base).files}
+            assert files < held
             command = JobCommand(job_id=job, kind=JobCommandKind.CANCEL)
-            with pytest.raises(Unauthorised):
-                await jobs.cancel(sign(command, DOMAIN, lab.context.account))
-            await jobs.cancel(sign(command, DOMAIN, lab.requester))
-            row = (
-                await lab.orchestrator.intake.require(job)
-                if when == "paused"
-                else await ended(lab, job)
-            )
-            assert (row.state, row.reason) == ("cancelled", "cancelled by its requester")
-            assert when != "paused" or lab.chain.escrows[job].closed
-            # A second time changes nothing.
-            await jobs.cancel(sign(command, DOMAIN, lab.requester))
-            assert (await lab.orchestrator.intake.require(job)).state == "cancelled"
-            if when == "funding":
-                # Money that comes after all does not revive it.
-                lab.chain.open(job, lab.context.account.address)
-                with pytest.raises(InvalidRequest):
-                    await lab.orchestrator.intake._fund(job, 1_000_000)
-                assert (await lab.orchestrator.intake.require(job)).state == "cancelled"
+            await lab.orchestrator.jobs.cancel(sign(command, DOMAIN, lab.requester))
+            assert (await ended(lab, job)).state == "cancelled"
+            released = {file.blob.sha256 for file in lab.orchestrator.publisher.files(job)}
+            assert set(lab.context.blobs._pins) == released
 
     run(scenario)
 

@@ -64,7 +64,8 @@ class Intake:
         job = signed.record
         check_size(job.spec)
         check_budget(job.spec)
-        base = await self._context.computed(lambda: self._prepare(job.spec))
+        # Not in the compute thread: a model may take hours to come, and nobody has paid yet.
+        base = await asyncio.to_thread(self._prepare, job.spec)
         now_ms = self._context.time.now_ms()
         row = JobRow(
             job_id=job.job_id(),
@@ -100,9 +101,8 @@ class Intake:
             self._context.config.resolved_models_dir(),
             allow_local=self._context.config.allow_local_models,
         )
-        base = describe_base(
-            spec.model, folder, lambda path: self._context.blobs.put_file(path, pin=True)
-        )
+        # Held only once the job runs: nobody has paid for the room yet.
+        base = describe_base(spec.model, folder, self._context.blobs.put_file)
         if spec.lora is None and 4 * base.num_parameters > MAX_ADAPTER_BYTES:
             raise InvalidRequest(
                 f"Model {spec.model!r} has {base.num_parameters} parameters, too many to send all "
@@ -195,7 +195,13 @@ class Intake:
         await self._start(job_id)
 
     async def _fail(self, job_id: str, reason: str) -> None:
-        await self._journal.finish(job_id, JobState.FAILED, reason)
+        await self._journal.finish(
+            job_id,
+            JobState.FAILED,
+            reason,
+            # Its requester may have taken it back while its escrow was looked up.
+            unless=lambda row: row.state != JobState.FUNDING.value,
+        )
 
 
 def _waiting_for_funds(session: Session) -> list[JobRow]:

@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
-from shoal.models.base import describe_base
 from shoal.orchestrator.auctioneer import Auctioneer
+from shoal.orchestrator.bases import HeldBases
 from shoal.orchestrator.bonds import Bonds
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.deltas import PolicyDeltas
 from shoal.orchestrator.dispatcher import Dispatcher
+from shoal.orchestrator.endings import CANCELLATION, Ending, Endings, ending_of, is_cancelled
+from shoal.orchestrator.job_escrow import PatientEscrow
 from shoal.orchestrator.jobrun import JobRun
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.learner import Learner
 from shoal.orchestrator.publisher import Publisher
 from shoal.orchestrator.reference import reserves_of
 from shoal.orchestrator.settler import JobFrozen, Settler
+from shoal.orchestrator.store.database import DatabaseDown
 from shoal.orchestrator.store.tables import JobRow
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.errors import (
-    ChainRejected,
     InvalidRequest,
     NotFound,
     OverBudget,
     ShoalError,
-    Unavailable,
 )
 from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
 from shoal.protocol.policy import BaseModelRef
 from shoal.protocol.signing import Signed
-from shoal.rl.base_models import fetch_base
-from shoal.rl.local import blob_of_file
 
 _log = logging.getLogger(__name__)
 
-_CHAIN_RETRY_S = 1.0
-_SETTLING = "settling, then "
 _DEFECT = "a defect of the orchestrator; its log has the details"
 
 
@@ -72,14 +69,17 @@ class Jobs:
         self._dispatcher = dispatcher
         self._auctioneer = auctioneer
         self._publisher = publisher
-        self._bonds = bonds
+        self._escrow = PatientEscrow(context, journal, settler, bonds)
         self._deltas = deltas
         settler.on_frozen = self._freeze
         self._running: dict[str, JobRun] = {}
         self._preparing: dict[str, OpenJob] = {}
         """Funded jobs whose policy is still being loaded; workers fetch the base and bid."""
         self._cancelled: set[str] = set()
+        self._endings = Endings(context)
+        self._bases = HeldBases(context)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def find(self, job_id: str) -> JobRun | None:
         """The job's run, while this process holds it."""
@@ -150,9 +150,23 @@ class Jobs:
 
     async def start(self, job_id: str) -> None:
         """The job runs from now on, from its newest checkpoint if it has one."""
-        task = asyncio.create_task(self._guard(job_id), name=f"job {job_id[:10]}")
+        self._begin(job_id, lambda: self._drive(job_id))
+
+    def _begin(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(self._guard(job_id, work), name=f"job {job_id[:10]}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def watch(self) -> None:
+        """Runs until the database is lost to a job.
+
+        What the job holds in memory may then be ahead of what is on record, so the process has
+        to end: started again it goes on from the record.
+
+        Raises:
+            DatabaseDown: it is.
+        """
+        await asyncio.shield(self._broken)
 
     async def cancel(self, command: Signed[JobCommand]) -> None:
         """The job ends as soon as what was handed in is judged; ended jobs stay as they are.
@@ -167,17 +181,18 @@ class Jobs:
             raise NotFound(f"There is no job {job_id}; `shoal jobs` lists them.", code="no_job")
         job = Signed[Job].model_validate_json(row.record).record
         command.require_signer(self._context.domain, job.requester)
-        run = self._running.get(job_id)
-        if run is not None:
-            run.halt(JobCancelled("cancelled by its requester"))
-        elif row.state == JobState.FUNDING.value:
-            await self._journal.finish(job_id, JobState.CANCELLED, "cancelled by its requester")
-        elif row.state == JobState.PAUSED.value:
-            await self._close_escrow(job_id)
-            await self._journal.finish(job_id, JobState.CANCELLED, "cancelled by its requester")
-        elif row.state == JobState.RUNNING.value:
-            # Its policy is still being loaded; it is halted as soon as there is a run.
-            self._cancelled.add(job_id)
+        was = await self._endings.cancel(job_id)
+        if was is JobState.FUNDING:
+            self._begin(job_id, lambda: self._turn_away(job_id))
+        elif was is JobState.PAUSED:
+            self._begin(job_id, lambda: self._settle_and_finish(job_id, CANCELLATION))
+        elif was is JobState.RUNNING:
+            run = self._running.get(job_id)
+            if run is not None:
+                run.halt(JobCancelled(CANCELLATION.reason))
+            else:
+                # Its policy is still being loaded; it is halted as soon as there is a run.
+                self._cancelled.add(job_id)
 
     async def _freeze(self, job_id: str, error: JobFrozen) -> None:
         """Nobody works for the job any more, and it ends with the error at its next wait."""
@@ -196,76 +211,125 @@ class Jobs:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._deltas.close()
 
-    async def _guard(self, job_id: str) -> None:
+    async def _guard(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self._drive(job_id)
+            await self._to_an_end(job_id, work)
+        except DatabaseDown as error:
+            _log.error("job_lost_database", extra={"job_id": job_id, "reason": error.message})
+            if not self._broken.done():
+                self._broken.set_exception(error)
+            return
+        self._let_go(job_id)
+        self._cancelled.discard(job_id)
+
+    async def _to_an_end(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except DatabaseDown:
+            raise
         except ShoalError as error:
             _log.error("job_failed", extra={"job_id": job_id, "reason": error.message})
             await self._abort(job_id, error.message)
         except Exception:
             _log.exception("job_crashed", extra={"job_id": job_id})
             await self._abort(job_id, _DEFECT)
-        finally:
-            self._running.pop(job_id, None)
-            self._deltas.forget_job(job_id)
 
     async def _abort(self, job_id: str, reason: str) -> None:
-        """The job is over without an orderly end; nothing of it is sold any more."""
-        self._running.pop(job_id, None)
+        """The job is over without an orderly end: no more is sold, what was accepted is paid."""
+        self._let_go(job_id)
         self._auctioneer.withdraw(job_id)
         self._auctioneer.forget_job(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has failed")
-        await self._journal.finish(job_id, JobState.FAILED, reason)
+        ending = Ending(JobState.FAILED, reason)
+        try:
+            await self._settle_and_finish(job_id, ending)
+        except DatabaseDown:
+            raise
+        except Exception:
+            _log.exception("not_settled", extra={"job_id": job_id})
+            await self._finish(job_id, ending)
+
+    def _let_go(self, job_id: str) -> None:
+        """This process does not hold the job any more, nor room for its blobs."""
+        run = self._running.pop(job_id, None)
+        if run is not None:
+            run.let_go()
+        self._deltas.forget_job(job_id)
+        self._bases.let_go(job_id)
+
+    async def _turn_away(self, job_id: str) -> None:
+        """A cancelled job that never began is at its end: its escrow, if it has one, is closed."""
+        if await self._escrow.is_open(job_id):
+            await self._escrow.close(job_id)
+        await self._finish(job_id, CANCELLATION)
 
     async def _drive(self, job_id: str) -> None:
         await self._journal.adopt(job_id)
         await self._settler.adopt(job_id)
         row = await self._context.database.run(lambda session: session.get_one(JobRow, job_id))
+        if is_cancelled(row) and row.started_ms is None:
+            await self._turn_away(job_id)
+            return
         job = Signed[Job].model_validate_json(row.record).record
         base = BaseModelRef.model_validate_json(row.base)
+        ending = ending_of(row)
         try:
-            run = await self._load(job, base, sells=row.state == JobState.RUNNING.value)
+            run = await self._load(job, base, sells=ending is None)
             if job_id in self._cancelled:
-                run.halt(JobCancelled("cancelled by its requester"))
+                run.halt(JobCancelled(CANCELLATION.reason))
             await run.restore()
-            if row.state == JobState.RUNNING.value:
+            if ending is None:
                 # Before anything is leased: without it no work could be paid for.
-                await self._put_up_bond(job_id)
+                await self._escrow.put_up_bond(job_id)
+        except DatabaseDown:
+            raise
         except ShoalError as error:
             # What a job has learnt may still be saved by who mends this; a new one has nothing.
             state = JobState.PAUSED if row.policy_version else JobState.FAILED
-            await self._settle_and_finish(job_id, state, error.message)
+            await self._settle_and_finish(job_id, Ending(state, error.message))
             return
-        if row.state == JobState.DRAINING.value:
-            state, reason = _read_ending(row.reason)
-        else:
-            state, reason = await _run(run)
+        if ending is None:
+            ending = await _run(run)
         run.selling = False
-        await self._drain(job_id, state, reason)
+        ending = await self._drain(job_id, ending)
         try:
             await self._publisher.publish(run)
+        except DatabaseDown:
+            raise
         except Exception as error:
             # Whatever became of the model, its workers are owed their pay.
             _log.exception("publishing_failed", extra={"job_id": job_id})
-            state = JobState.FAILED
             reason = error.message if isinstance(error, ShoalError) else _DEFECT
-        await self._settle_and_finish(job_id, state, reason)
+            ending = Ending(JobState.FAILED, reason)
+        await self._settle_and_finish(job_id, ending)
 
-    async def _settle_and_finish(self, job_id: str, state: JobState, reason: str) -> None:
-        """Everybody is paid, the job is at its end, and its escrow closed unless it may go on."""
+    async def _settle_and_finish(self, job_id: str, ending: Ending) -> None:
+        """Everybody is paid, the job is at its end, and its escrow closed unless it may go on.
+
+        The end is ``ending``, or the job's cancellation.
+        """
+        ending = await self._endings.decide(job_id, ending)
         try:
-            await self._settle_fully(job_id)
+            await self._escrow.settle_fully(job_id)
         except JobFrozen as error:
-            state, reason = JobState.FAILED, error.message
-        if state is not JobState.PAUSED:
-            await self._close_escrow(job_id)
-            self._auctioneer.forget_job(job_id)
-        await self._journal.finish(job_id, state, reason)
+            ending = Ending(JobState.FAILED, error.message)
+        if ending.state is JobState.PAUSED:
+            if await self._finish(job_id, ending, unless=is_cancelled):
+                return
+            ending = CANCELLATION
+        await self._escrow.close(job_id)
+        self._auctioneer.forget_job(job_id)
+        await self._finish(job_id, ending)
+
+    async def _finish(
+        self, job_id: str, ending: Ending, *, unless: Callable[[JobRow], bool] = lambda row: False
+    ) -> bool:
+        return await self._journal.finish(job_id, ending.state, ending.reason, unless=unless)
 
     async def _load(self, job: Job, base: BaseModelRef, *, sells: bool) -> JobRun:
         """The job's run, which is found from now on; if it ``sells``, workers hear of it first."""
         job_id = job.job_id()
-        folder, base_blob = await self._context.computed(lambda: self._unchanged_base(job, base))
+        folder, base_blob = await self._context.computed(lambda: self._bases.hold(job, base))
         if sells:
             terms = reserves_of(job.spec, self._context.config.reference)
             reserve_micros = {kind: reserve.reserve_micros for kind, reserve in terms.items()}
@@ -276,116 +340,46 @@ class Jobs:
                 lambda: Learner(job, base, base_blob, folder, self.run_dir(job_id))
             )
             run = JobRun(self._context, self._journal, self._auctioneer, self._deltas, learner)
+            run.selling = sells
         finally:
             self._preparing.pop(job_id, None)
         self._running[job_id] = run
         return run
 
-    def _unchanged_base(self, job: Job, base: BaseModelRef) -> tuple[Path, BlobRef]:
-        """Where the base's files are, and the blob by which workers fetch them."""
-        folder = fetch_base(
-            job.spec.model,
-            self._context.config.resolved_models_dir(),
-            allow_local=self._context.config.allow_local_models,
-        )
-        # Hashed again, because the folder may have changed since the job began.
-        found = describe_base(job.spec.model, folder, self._pinned_blob)
-        if found.content_digest() != base.content_digest():
-            raise InvalidRequest(
-                f"Model {job.spec.model!r} has digest {found.content_digest()} where the job began "
-                f"with {base.content_digest()}; bring back the files it began with.",
-                code="model_changed",
-            )
-        return folder, self._context.blobs.put_bytes(base.encode(), pin=True)
-
-    def _pinned_blob(self, path: Path) -> BlobRef:
-        """The file as a blob; pins do not outlive a process, and blobs may be dropped."""
-        ref, blobs = blob_of_file(path), self._context.blobs
-        if not blobs.has(ref.sha256):
-            return blobs.put_file(path, pin=True)
-        blobs.pin(ref.sha256)
-        return ref
-
     def run_dir(self, job_id: str) -> Path:
         """Where the job's checkpoints and released files are."""
         return self._context.config.data_dir / "jobs" / job_id
 
-    async def _drain(self, job_id: str, state: JobState, reason: str) -> None:
-        """Nothing of the job is open any more; results already sent in are still judged."""
-        await self._set_state(job_id, JobState.DRAINING, f"{_SETTLING}{state.value}: {reason}")
+    async def _drain(self, job_id: str, ending: Ending) -> Ending:
+        """Nothing of the job is open any more; results already sent in are still judged.
+
+        Returns:
+            The end it is settled towards: ``ending``, or its cancellation.
+        """
+        ending = await self._endings.decide(job_id, ending)
         self._auctioneer.withdraw(job_id)
         await self._dispatcher.revoke_job(job_id, "the job has ended")
         await self._dispatcher.drained(job_id)
-
-    async def _put_up_bond(self, job_id: str) -> None:
-        while True:
-            try:
-                return await self._bonds.put_up(job_id)
-            except (Unavailable, ChainRejected) as error:
-                _require_passing(error)
-                _log.warning("bond_waits", extra={"job_id": job_id, "reason": str(error)})
-                await asyncio.sleep(_CHAIN_RETRY_S)
-
-    async def _settle_fully(self, job_id: str) -> None:
-        while True:
-            try:
-                if not await self._settler.settle(job_id):
-                    return
-            except (Unavailable, ChainRejected) as error:
-                _require_passing(error)
-                _log.warning("settlement_waits", extra={"job_id": job_id, "reason": str(error)})
-                await asyncio.sleep(_CHAIN_RETRY_S)
-
-    async def _close_escrow(self, job_id: str) -> None:
-        while True:
-            try:
-                await self._settler.close(job_id)
-            except (Unavailable, ChainRejected) as error:
-                _require_passing(error)
-                _log.warning("closing_waits", extra={"job_id": job_id, "reason": str(error)})
-                await asyncio.sleep(_CHAIN_RETRY_S)
-            else:
-                await self._journal.event(job_id, "escrow_closed", {})
-                return
-
-    async def _set_state(self, job_id: str, state: JobState, reason: str) -> None:
-        def write(session: Session) -> None:
-            row = session.get_one(JobRow, job_id)
-            row.state, row.reason = state.value, reason
-
-        await self._context.database.run(write)
+        return ending
 
 
-def _require_passing(error: Unavailable | ChainRejected) -> None:
-    """Passes only what trying again may mend.
-
-    A refusal that names a transaction was of that transaction alone, and the outbox sends the
-    effect anew; one that names none was the contract's answer before anything was sent.
+async def _run(run: JobRun) -> Ending:
+    """How the run ended, and why.
 
     Raises:
-        ChainRejected: the contract's answer.
+        DatabaseDown: it has not ended; it goes on after a restart.
     """
-    if isinstance(error, ChainRejected) and not error.tx_hash:
-        raise error
-
-
-async def _run(run: JobRun) -> tuple[JobState, str]:
-    """How the run ended, and why."""
     try:
-        return JobState.COMPLETE, await run.run()
+        return Ending(JobState.COMPLETE, await run.run())
+    except DatabaseDown:
+        raise
     except OverBudget as error:
-        return JobState.PAUSED, error.message
+        return Ending(JobState.PAUSED, error.message)
     except JobCancelled as error:
-        return JobState.CANCELLED, error.message
+        return Ending(JobState.CANCELLED, error.message)
     except ShoalError as error:
-        return JobState.FAILED, error.message
+        return Ending(JobState.FAILED, error.message)
     except Exception:
         # Its workers are still paid and its escrow closed, so this is an end like others.
         _log.exception("job_crashed", extra={"job_id": run.job_id})
-        return JobState.FAILED, _DEFECT
-
-
-def _read_ending(settling: str) -> tuple[JobState, str]:
-    """The end that a job was being settled towards when the process stopped."""
-    state, _, reason = settling.removeprefix(_SETTLING).partition(": ")
-    return JobState(state), reason
+        return Ending(JobState.FAILED, _DEFECT)

@@ -35,6 +35,10 @@ class Event:
     data: dict[str, Any]
 
 
+class _GoesOnError(Exception):
+    """Takes back a transaction that would have ended a job."""
+
+
 class Journal:
     """Appends events and statements; wakes whoever follows a job."""
 
@@ -74,17 +78,34 @@ class Journal:
         _log.info(type_, extra={"job_id": job_id, "data": dict(data)})
         self.wake(job_id)
 
-    async def finish(self, job_id: str, state: JobState, reason: str) -> None:
-        """The job is at its end, ``state``; whoever waits for that is woken."""
+    async def finish(
+        self,
+        job_id: str,
+        state: JobState,
+        reason: str,
+        *,
+        unless: Callable[[JobRow], bool] = lambda row: False,
+    ) -> bool:
+        """The job is at its end, ``state``, and whoever waits for that is woken.
+
+        Returns:
+            False, and nothing happened, where ``unless`` holds of the job as it is on record.
+        """
         finished_ms = self._context.time.now_ms()
 
         def write(session: Session) -> None:
             row = session.get_one(JobRow, job_id)
+            if unless(row):
+                raise _GoesOnError
             row.state, row.reason, row.finished_ms = state.value, reason, finished_ms
 
-        # One transaction: a follower that sees the end also finds the event that tells of it.
-        await self.event(job_id, f"job_{state.value}", {"reason": reason}, also=write)
+        try:
+            # One transaction: a follower that sees the end also finds the event that tells of it.
+            await self.event(job_id, f"job_{state.value}", {"reason": reason}, also=write)
+        except _GoesOnError:
+            return False
         self._ended.pop(job_id, asyncio.Event()).set()
+        return True
 
     def end_of(self, job_id: str) -> asyncio.Event:
         """Set as soon as the job is at its end; ask before reading whether it is."""

@@ -144,6 +144,7 @@ class Orchestrator:
                 "verifier": self.verifier.run(),
                 "outbox": self.outbox.run(),
                 "funding": self.intake.watch_funding(),
+                "jobs": self.jobs.watch(),
                 "clocks": self._tick(),
                 "settlement": self._settle(),
                 "stakes": self._watch_stakes(),

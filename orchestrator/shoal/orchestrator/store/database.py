@@ -22,6 +22,15 @@ _BUSY_TIMEOUT_MS = 10_000
 _T = TypeVar("_T")
 
 
+class DatabaseDown(Unavailable):
+    """The database did not answer.
+
+    Nothing was written, unless only the answer to a commit was lost on its way.
+    """
+
+    default_code = "database"
+
+
 class Database:
     """A migrated database and the one thread every transaction runs in.
 
@@ -48,15 +57,13 @@ class Database:
         """``work`` in one committed transaction, in the database's thread.
 
         Raises:
-            Unavailable: the database did not answer; nothing was written.
+            DatabaseDown: the database did not answer.
         """
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, self.run_now, work)
         except OperationalError as error:
-            raise Unavailable(
-                f"The database did not accept the write: {error.orig}.", code="database"
-            ) from error
+            raise DatabaseDown(f"The database did not accept the write: {error.orig}.") from error
 
     async def make_durable(self) -> None:
         """Everything committed so far survives a power cut; on Postgres it does already."""
@@ -110,8 +117,7 @@ def _migrate(engine: Engine) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except DBAPIError as error:
-        raise Unavailable(
+        raise DatabaseDown(
             f"The database at {engine.url.render_as_string(hide_password=True)} cannot be "
             f"opened: {error.orig}; check that it runs and that the URL is right.",
-            code="database",
         ) from None
