@@ -21,7 +21,7 @@ from eth_account import Account as EthAccount
 from eth_utils.crypto import keccak
 
 from shoal.contracts.anvil import Anvil, dev_account
-from shoal.contracts.connection import Connection
+from shoal.contracts.connection import MAX_ANSWER_BYTES, Connection
 from shoal.contracts.delivery import Delivery, Policy, Stage
 from shoal.contracts.deployment import deploy
 from shoal.contracts.gateway import ChainGateway
@@ -387,6 +387,31 @@ def test_logs_that_are_cut_short_are_noticed(tmp_path: Path, cut: str) -> None:
             assert caught.value.code == "truncated_logs"
             proxy.meddle = lambda question, answer: answer
             assert len((await scanner.scan(Checkpoint())).logs) == TRANSFER_LOGS
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "answer", [b"[" * 200_000, b'{"jsonrpc":"2.0","id":0,"result":"' + b"0" * MAX_ANSWER_BYTES]
+)
+def test_an_answer_too_deep_or_too_long_is_no_chains(answer: bytes) -> None:
+    async def scenario() -> None:
+        async def bomb(_: web.Request) -> web.Response:
+            return web.Response(body=answer, content_type="application/json")
+
+        app = web.Application()
+        app.router.add_post("/", bomb)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        connection = Connection(f"http://127.0.0.1:{runner.addresses[0][1]}/")
+        try:
+            with pytest.raises(Unavailable, match="does not answer like a chain") as refused:
+                await connection.chain_id()
+            assert len(refused.value.message) < 1_000
+        finally:
+            await connection.close()
+            await runner.cleanup()
 
     asyncio.run(scenario())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,15 @@ import pytest
 import safetensors.numpy
 import torch
 from learning_fixtures import Lab, stir, write_base
+from safetensors.numpy import load_file, save_file
 
 from shoal.models import base as base_module
-from shoal.models.base import describe_base, require_allowed_files, resolve_base
+from shoal.models.base import (
+    describe_base,
+    require_allowed_files,
+    require_complete,
+    resolve_base,
+)
 from shoal.models.policy import Policy
 from shoal.models.sampling import draw_uniforms_bt, select_tokens_b
 from shoal.protocol.errors import InvalidRequest, PeerFault, Unavailable
@@ -276,6 +284,54 @@ def test_whatever_is_wrong_with_a_bases_files_is_one_sentence(
         Policy.load(folder, lab.policy.lora, seed=0)
     assert refused.value.code == "unloadable_model"
     assert "\n" not in refused.value.message
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(lab: Lab, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lab.folder, tmp_path / "base"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    # As many numbers as before, so that only their names tell.
+    weights["of.another.model"] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidRequest, match=f"its files lack .*{name}") as refused:
+        Policy.load(folder, lab.policy.lora, seed=0)
+    assert refused.value.code == "unloadable_model"
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"hidden_size": 1 << 20}, "of which its files hold"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"model_type": "gpt2", "max_position_embeddings": 1 << 20}, "of which its files hold"),
+    ],
+)
+def test_a_model_larger_than_its_files_is_never_made(
+    lab: Lab, tmp_path: Path, described: dict[str, object], said: str
+) -> None:
+    folder = Path(shutil.copytree(lab.folder, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | described))
+    with pytest.raises(InvalidRequest, match=said):
+        require_complete(folder)
+    with pytest.raises(InvalidRequest, match=said):
+        Policy.load(folder, lab.policy.lora, seed=0)
+
+
+def test_nesting_without_end_is_an_error_and_no_crash(lab: Lab, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lab.folder, tmp_path / "base"))
+    (folder / "config.json").write_text("[" * 200_000)
+    # In a process of its own, which a stack that overflows would end.
+    script = (
+        "import sys, web3, eth_account; from pathlib import Path; import shoal.orchestrator.main;"
+        "from shoal.models.base import load_model; from shoal.protocol.errors import ShoalError\n"
+        "try: load_model(Path(sys.argv[1]))\n"
+        "except ShoalError as error: print(error.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "unloadable_model"), done.stderr
 
 
 def test_weights_that_cannot_be_counted_are_one_sentence(lab: Lab, tmp_path: Path) -> None:

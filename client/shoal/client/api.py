@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
-from pydantic_core import from_json
 
 from shoal.client.views import (
     ENDED,
@@ -25,6 +24,7 @@ from shoal.client.views import (
     SubmittedJob,
     parse_view,
 )
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import Clock, Expired, PeerFault, Unavailable, error_from_wire
 from shoal.protocol.job import Job, JobCommand, JobState
 from shoal.protocol.signing import Signed
@@ -272,9 +272,7 @@ def _require_speech(response: aiohttp.ClientResponse, answer: bytes, url: str) -
 
 def _parse_json(data: bytes, url: str) -> Any:
     try:
-        # Not `json.loads`: eth-account's import raises the recursion limit so far that deep
-        # nesting overflows the stack and ends the process.  This parser has its own limit.
-        return from_json(data)
+        return parse_json(data)
     except ValueError:
         raise PeerFault(
             f"What answers at {url} is not a Shoal orchestrator: its answer is not JSON; "

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any, Final, cast
 
 from aiohttp import ClientError, ClientTimeout
 from eth_typing import ChecksumAddress
 from eth_utils.address import is_address, to_checksum_address
 from hexbytes import HexBytes
 from web3 import AsyncHTTPProvider, AsyncWeb3
+from web3._utils.http_session_manager import HTTPSessionManager
 from web3.providers.rpc.utils import REQUEST_RETRY_ALLOWLIST, ExceptionRetryConfiguration
-from web3.types import BlockData, BlockIdentifier
+from web3.types import BlockData, BlockIdentifier, RPCResponse
 
 from shoal.contracts.rejection import chain_errors
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import InvalidRequest
 
 REQUEST_TIMEOUT_S = 20.0
@@ -25,6 +28,40 @@ READ_ATTEMPTS = 2
 _READS = [name for name in REQUEST_RETRY_ALLOWLIST if name != "eth_sendRawTransaction"]
 """A broadcast is never repeated blindly: the second answer would hide the first's success."""
 HASH_BYTES = 32
+MAX_ANSWER_BYTES: Final = 32 << 20
+"""Above the logs of the fullest range that is asked for."""
+
+
+class _CappedSessions(HTTPSessionManager):
+    """Reads no more of an answer than one can have."""
+
+    async def async_make_post_request(
+        self, endpoint_uri: Any, data: bytes | dict[str, Any], **kwargs: Any
+    ) -> bytes:
+        response = await self.async_get_response_from_post_request(
+            endpoint_uri, data=data, **kwargs
+        )
+        response.raise_for_status()
+        answer = bytearray()
+        async for part in response.content.iter_any():
+            answer += part
+            if len(answer) > MAX_ANSWER_BYTES:
+                response.close()
+                raise ValueError(f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
+        return bytes(answer)
+
+
+class _CappedProvider(AsyncHTTPProvider):
+    """Speaks to a chain that somebody proposed: its answers may be anything."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._request_session_manager = _CappedSessions()
+
+    @staticmethod
+    def decode_rpc_response(raw_response: bytes) -> RPCResponse:
+        """The answer; this parser bounds how deep it is nested."""
+        return cast(RPCResponse, parse_json(raw_response))
 
 
 class Connection:
@@ -34,7 +71,7 @@ class Connection:
     """
 
     def __init__(self, rpc_url: str) -> None:
-        provider = AsyncHTTPProvider(
+        provider = _CappedProvider(
             rpc_url,
             request_kwargs={"timeout": ClientTimeout(total=REQUEST_TIMEOUT_S)},
             exception_retry_configuration=ExceptionRetryConfiguration(

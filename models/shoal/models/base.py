@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.errors import InvalidRequest, PeerFault, ShoalError, Unavailable
@@ -30,6 +31,17 @@ ALLOWED_FILES = (
     "*.safetensors",
 )
 """What is read of a model folder.  Pickled weights and Python files are never fetched."""
+
+_PARTS: Final = (
+    "num_hidden_layers",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "n_shared_experts",
+)
+"""What a configuration counts modules by."""
+_MAX_SCRATCH: Final = 1 << 26
+"""Of masks and tables that a small model makes for itself."""
 
 _SAFETENSORS = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\.safetensors$")
 
@@ -67,7 +79,12 @@ def describe_base(name: str, folder: Path, make_blob: Callable[[Path], BlobRef])
     return BaseModelRef(
         name=name,
         files=tuple(ModelFile(path=path.name, blob=make_blob(path)) for path in files),
-        num_parameters=sum(_count_parameters(p) for p in files if p.suffix == ".safetensors"),
+        num_parameters=sum(
+            math.prod(shape)
+            for path in files
+            if path.suffix == ".safetensors"
+            for shape in _shapes(path)
+        ),
     )
 
 
@@ -92,24 +109,66 @@ def load_model(folder: Path) -> Any:
 
     Raises:
         InvalidRequest: the folder is not a model ``transformers`` can load without running
-            code from it.
+            code from it, or lacks some of the model's tensors.
         Unavailable: it does not fit into memory (code ``out_of_memory``).
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    require_complete(folder)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="float32",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # a stranger's files make the libraries raise anything
         raise _unloadable(folder, error) from error
+    model, loaded = found
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        # The library fills them at random: each process would hold another model.
+        raise _unloadable(folder, ValueError(f"its files lack {', '.join(missing[:3])}"))
     return model.eval()
+
+
+def require_complete(folder: Path) -> None:
+    """Passes if the folder's files hold as much as the model that its configuration describes.
+
+    Nothing of that size is allocated to find out: a few bytes of configuration may describe a
+    model of any size, which a library would make and fill.
+
+    Raises:
+        InvalidRequest: they hold less, or the configuration describes no model that loads.
+        Unavailable: looking took more memory than there is.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shapes = [shape for path in folder.glob("*.safetensors") for shape in _shapes(path)]
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for part in _PARTS:
+            # A module for each of them is made even where no tensor is.
+            if getattr(config, part, 0) > len(shapes):
+                raise ValueError(f"{part} is {getattr(config, part)} for {len(shapes)} tensors")
+        with torch.device("meta"):
+            models: Any = AutoModelForCausalLM
+            model = models.from_config(config, trust_remote_code=False)
+        needed, held = sum(p.numel() for p in model.parameters()), sum(map(math.prod, shapes))
+        if needed > held:
+            raise ValueError(
+                f"its configuration describes {needed} parameters of which its files hold {held}"
+            )
+        scratch = sum(buffer.numel() for buffer in model.buffers())
+        if scratch > held + _MAX_SCRATCH:
+            raise ValueError(f"it would make buffers of {scratch} numbers for {held} parameters")
+    except Exception as error:  # as above
+        raise _unloadable(folder, error) from error
 
 
 def share_weights(model: Any) -> Any:
@@ -155,14 +214,13 @@ def _is_allowed(name: str) -> bool:
     return name in ALLOWED_FILES or _SAFETENSORS.match(name) is not None
 
 
-def _count_parameters(path: Path) -> int:
-    from math import prod
-
+def _shapes(path: Path) -> list[tuple[int, ...]]:
+    """The shape of each tensor in the file, none of which is read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as arrays:
-            return sum(prod(arrays.get_slice(key).get_shape()) for key in arrays.keys())  # noqa: SIM118
+            return [tuple(arrays.get_slice(key).get_shape()) for key in arrays.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _unloadable(path.parent, error) from error
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal.models.base import describe_base
+from shoal.models.base import describe_base, require_complete
 from shoal.orchestrator.context import Context
 from shoal.orchestrator.journal import Journal
 from shoal.orchestrator.store.tables import JobRow
@@ -103,6 +103,7 @@ class Intake:
         )
         # Held only once the job runs: nobody has paid for the room yet.
         base = describe_base(spec.model, folder, self._context.blobs.put_file)
+        require_complete(folder)
         if spec.lora is None and 4 * base.num_parameters > MAX_ADAPTER_BYTES:
             raise InvalidRequest(
                 f"Model {spec.model!r} has {base.num_parameters} parameters, too many to send all "

@@ -79,8 +79,8 @@ def _as_both_write(value: Any) -> Any:
 def parse_json(data: bytes | str) -> Any:
     """The JSON value in ``data``, which may come from anyone.
 
-    Not ``json.loads``: a library that Shoal imports raises the interpreter's recursion limit
-    so far that deep nesting would overflow the stack; this parser has a limit of its own.
+    Not ``json.loads``, whose bound is the interpreter's recursion limit: libraries raise that
+    until deep nesting overflows the stack.  This parser has a bound of its own.
 
     Raises:
         ValueError: it is not JSON, or is nested too deeply.
