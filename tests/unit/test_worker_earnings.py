@@ -3,52 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from eth_account import Account as EthAccount
 from worker_double import DOMAIN, ESCROW, JOB_ID, MemoryChain
+from worker_records import ACCOUNT, receipt
 
-from shoal.network.identity import NodeIdentity
 from shoal.protocol.errors import PeerFault, Unavailable
 from shoal.protocol.merkle import MerkleTree, payout_leaf
-from shoal.protocol.result import Check, CheckName, Receipt, Verdict
-from shoal.protocol.signing import Signed, sign
 from shoal.worker.earnings import Collector
 from shoal.worker.evidence import EvidenceBook
 
-ACCOUNT = EthAccount.create()
 OTHER = "0x" + "5" * 40
-ORCHESTRATOR = EthAccount.create()
-
-
-def receipt(lease_id: str = "lease_00000000") -> Signed[Receipt]:
-    record = Receipt(
-        lease_id=lease_id,
-        lease_epoch=1,
-        job_id=JOB_ID,
-        result_sha256="0" * 64,
-        account=ACCOUNT.address,
-        node=NodeIdentity(b"w" * 32).peer_id,
-    )
-    return sign(record, DOMAIN, ACCOUNT)
-
-
-def verdict(lease_id: str = "lease_00000000") -> Signed[Verdict]:
-    record = Verdict(
-        lease_id=lease_id,
-        lease_epoch=1,
-        job_id=JOB_ID,
-        result_sha256="0" * 64,
-        accepted=True,
-        num_units=1,
-        pay_micros=1,
-        audited=False,
-        checks=(Check(name=CheckName.FORM, passed=True, detail="fine"),),
-    )
-    return sign(record, DOMAIN, ORCHESTRATOR)
 
 
 class World:
@@ -186,20 +153,3 @@ def test_a_job_that_ends_is_looked_at_at_once(world: World) -> None:
         running.cancel()
 
     asyncio.run(script())
-
-
-def test_the_books_survive_a_restart_and_a_line_cut_short(tmp_path: Path) -> None:
-    book = EvidenceBook(tmp_path)
-    book.keep_receipt(receipt())
-    assert book.keep_verdict(verdict())
-    assert not book.keep_verdict(verdict())
-    with (tmp_path / "verdicts.jsonl").open("a") as file:
-        file.write('{"verdict": {"rec')
-    again = EvidenceBook(tmp_path)
-    assert not again.keep_verdict(verdict())
-    assert again.open_jobs() == (JOB_ID,)
-    kept = json.loads((tmp_path / "verdicts.jsonl").read_text().splitlines()[0])
-    assert Signed[Verdict].model_validate_json(json.dumps(kept["verdict"])) == verdict()
-    assert kept["receipt"]["record"]["lease_id"] == "lease_00000000"
-    assert again.keep_verdict(verdict("lease_00000002"))
-    assert not EvidenceBook(tmp_path).keep_verdict(verdict("lease_00000002"))

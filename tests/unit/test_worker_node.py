@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 from collections.abc import Callable
@@ -45,10 +46,12 @@ from shoal.protocol.node import (
     EvidenceRequest,
     IdleReason,
 )
-from shoal.protocol.signing import sign
+from shoal.protocol.result import Verdict
+from shoal.protocol.signing import Signed, sign
 from shoal.provenance import dsse
 from shoal.provenance.statement import require_same_work
 from shoal.worker.events import JsonFormatter
+from shoal.worker.evidence import EvidenceBook
 from shoal.worker.ports import TaskInput, TaskOutput
 from shoal.worker.session import Backoff
 from shoal.worker.ways import find_addresses
@@ -89,6 +92,35 @@ def test_a_leased_task_is_computed_handed_in_and_its_verdict_kept(
         kept = (tmp_path / "evidence" / "verdicts.jsonl").read_text().splitlines()
         assert len(kept) == 1
         assert json.loads(kept[0])["receipt"] == message.receipt.to_json()
+
+    drive(script)
+
+
+def test_a_full_disk_costs_no_result_and_acknowledges_no_verdict(
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_verdict, has_room = EvidenceBook.keep_verdict, False
+
+    def refused(*_: object) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def kept(book: EvidenceBook, verdict: Signed[Verdict]) -> bool:
+        return keep_verdict(book, verdict) if has_room else refused()
+
+    async def script(world: World) -> None:
+        nonlocal has_room
+        monkeypatch.setattr(EvidenceBook, "keep_receipt", refused)
+        monkeypatch.setattr(EvidenceBook, "keep_verdict", kept)
+        await world.join()
+        await world.double.send(world.offer(), IDENTITY.peer_id)
+        message = await world.next(world.double.inbox.results)
+        verdict = world.double.verdict(message)
+        world.double.beat = world.double.beat.model_copy(update={"verdicts": (verdict,)})
+        for _ in range(3):
+            assert (await world.next(world.double.inbox.beats)).acknowledged == ()
+        has_room = True
+        while not (await world.next(world.double.inbox.beats)).acknowledged:
+            pass
 
     drive(script)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from shoal.market.fault import BidDrop, ReceiptedBid
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.certificate import ClearingCertificate
 from shoal.protocol.result import Receipt, Verdict
 from shoal.protocol.sealing import BookSeal
 from shoal.protocol.signing import Signed
+from shoal.worker.events import log_event
 
 _MAX_PENDING: Final = 4096
 _MAX_LINE_BYTES: Final = 4 << 20
@@ -22,6 +25,8 @@ _MAX_CERTIFICATES_BYTES: Final = 32 << 20
 
 class EvidenceBook:
     """What a provider needs to prove what it bid, did and was told.
+
+    What keeps something raises OSError where the disk does not take it; then nothing was kept.
 
     Args:
         directory: Holds ``bids.jsonl``, ``drops.jsonl``, ``receipts.jsonl``, ``verdicts.jsonl``,
@@ -41,7 +46,7 @@ class EvidenceBook:
             record = line["verdict"]["record"]
             self._judged.add((record["lease_id"], record["lease_epoch"]))
             self.earned_micros += record["pay_micros"] if record["accepted"] else 0
-        self._jobs = _read_jobs(directory / "jobs.json")
+        self._jobs = _read_jobs(directory)
 
     def keep_bid(self, bid: ReceiptedBid) -> None:
         """The bid, its salt and the orchestrator's receipt for the commitment are on disk."""
@@ -67,9 +72,11 @@ class EvidenceBook:
         while len(self._receipts) >= _MAX_PENDING:
             del self._receipts[next(iter(self._receipts))]
         self._receipts[receipt.record.lease_id] = receipt
+        is_first = receipt.record.job_id not in self._jobs
+        # First: what is owed is known also where the disk is full.
+        self._jobs.setdefault(receipt.record.job_id, False)
         self._append("receipts.jsonl", receipt.to_json())
-        if receipt.record.job_id not in self._jobs:
-            self._jobs[receipt.record.job_id] = False
+        if is_first:
             self._write_jobs()
 
     def keep_verdict(self, verdict: Signed[Verdict]) -> bool:
@@ -77,12 +84,13 @@ class EvidenceBook:
         record = verdict.record
         if (record.lease_id, record.lease_epoch) in self._judged:
             return False
-        receipt = self._receipts.pop(record.lease_id, None)
+        receipt = self._receipts.get(record.lease_id)
         line = {
             "verdict": verdict.to_json(),
             "receipt": None if receipt is None else receipt.to_json(),
         }
         self._append("verdicts.jsonl", line)
+        self._receipts.pop(record.lease_id, None)
         self._judged.add((record.lease_id, record.lease_epoch))
         self.earned_micros += record.pay_micros if record.accepted else 0
         return True
@@ -97,8 +105,17 @@ class EvidenceBook:
         self._write_jobs()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self._directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        rest = memoryview(f"{json.dumps(line, separators=(',', ':'))}\n".encode())
+        # Not buffered: what a full disk did not take must not be tried again on closing.
+        with (self._directory / name).open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                # The next line must not go on from half of this one.
+                file.truncate(end)
+                raise
 
     def _write_jobs(self) -> None:
         path = self._directory / "jobs.json"
@@ -121,10 +138,25 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The whole lines of the file; a damaged one costs itself alone."""
     if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield parse_json(line)
+                except ValueError:
+                    log_event("line_damaged", logging.WARNING, path=str(path), line=number)
 
 
-def _read_jobs(path: Path) -> dict[str, bool]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _read_jobs(directory: Path) -> dict[str, bool]:
+    """The jobs worked for, and whether each is settled; by the receipts where that is lost."""
+    path = directory / "jobs.json"
+    try:
+        jobs: dict[str, bool] = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        log_event("jobs_damaged", logging.WARNING, path=str(path))
+        receipts = _lines(directory / "receipts.jsonl")
+        return {line["record"]["job_id"]: False for line in receipts}
+    return jobs

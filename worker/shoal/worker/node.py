@@ -309,9 +309,15 @@ class WorkerNode:
         except ShoalError as error:
             log_failure("verdict_not_signed", error, lease_id=record.lease_id)
             return
-        self._acknowledged[record.lease_id] = None
         self._residuals.judged(record.lease_id, accepted=record.accepted)
-        if self._book.keep_verdict(verdict):
+        try:
+            is_new = self._book.keep_verdict(verdict)
+        except OSError as error:
+            # Not acknowledged, so it comes again.
+            log_failure("verdict_not_kept", error, lease_id=record.lease_id)
+            return
+        self._acknowledged[record.lease_id] = None
+        if is_new:
             self.reporter.note_verdict(record)
             log_event(
                 "accepted" if record.accepted else "rejected",

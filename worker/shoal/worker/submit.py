@@ -99,7 +99,7 @@ class Submitter:
                 if message is None:
                     ref = await self._upload(assignment, output)
                     message = self._message(assignment, output, ref)
-                    self._book.keep_receipt(message.receipt)
+                    self._keep_receipt(message.receipt)
                 await self._send(assignment, message)
             except (Unavailable, Expired) as error:
                 if not self._may_retry(assignment, error):
@@ -108,6 +108,13 @@ class Submitter:
                 await asyncio.sleep(pause.next_s())
             else:
                 return
+
+    def _keep_receipt(self, receipt: Signed[Receipt]) -> None:
+        try:
+            self._book.keep_receipt(receipt)
+        except OSError as error:
+            # The orchestrator still owes what it accepts; only our own proof of it is missing.
+            log_failure("receipt_not_kept", error, lease_id=receipt.record.lease_id)
 
     async def give_back(self, assignment: Assignment, cause: FailureCause, detail: str) -> None:
         """The orchestrator knows that this lease will not be done, and why.
