@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,21 @@ def test_an_update_starts_from_the_weights_the_policy_holds(lab: Lab) -> None:
     # The same moments, from other weights.
     assert moves[0].state_bytes() == moves[1].state_bytes()
     assert reset.adapter_bytes() not in (before, untouched.adapter_bytes())
+
+
+def test_many_gradients_are_added_without_a_copy_of_each(lab: Lab) -> None:
+    policy = fresh(lab)
+    optimizer = AdapterOptimizer(policy, OptimizerSpec(), 10, GradientSpec())
+    payloads = [payload_of(policy, seed) for seed in range(16)]
+    num_bytes = 4 * sum(optimizer._sizes)
+    tracemalloc.start()
+    try:
+        optimizer._mean_n(payloads, 3.0)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The mean itself, what says of each value that it is finite, and a part in double precision.
+    assert peak_bytes < 2 * num_bytes + 1_000_000 < 16 * num_bytes
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_named(lab: Lab) -> None:

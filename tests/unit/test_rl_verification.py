@@ -6,11 +6,13 @@ that check switched off, which must then be accepted; so each check is shown to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from learning_fixtures import TOLERANCE, Lab, spread_rewards, stir, write_base
 
 from shoal.models.policy import Policy
@@ -249,6 +251,26 @@ def test_an_audit_needs_the_committed_version(
     )
     with pytest.raises(InvalidRequest, match="load that adapter"):
         verify(other, task, honest)
+
+
+def test_a_policy_that_gives_no_numbers_judges_nobody(
+    lab: Lab, task: RolloutTask, evaluate_task: EvaluateTask, honest: RolloutPayload
+) -> None:
+    data = run_evaluate(lab.policy, evaluate_task, lab.environments)
+    evaluation = EvaluatePayload.decode(data, limits_of(lab, 1))
+    parameter = next(iter(lab.policy.trainable().values()))
+    kept = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(math.nan)
+    version = {"policy": lab.version()}
+    try:
+        with pytest.raises(InvalidRequest, match="gives no numbers"):
+            verify(lab, task.model_copy(update=version), honest)
+        with pytest.raises(InvalidRequest, match="gives no numbers"):
+            check_evaluation(lab, evaluate_task.model_copy(update=version), evaluation)
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
 
 
 def check_evaluation(

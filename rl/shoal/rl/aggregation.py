@@ -8,6 +8,7 @@ Axes: ``n`` value, in the order of the policy's parameters.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -197,30 +198,47 @@ class AdapterOptimizer:
         """The sum of gradients over the divisor; of movements, the mean weighted by tokens."""
         weights = [payload.stats.num_tokens if self._is_outer else 1.0 for payload in gradients]
         divisor = max(sum(weights), 1.0) if self._is_outer else divisor
-        vectors = [self._vector_n(payload) for payload in gradients]
         mean_n = np.empty(sum(self._sizes), dtype=np.float32)
-        for first in range(0, len(mean_n), _SUMMED_VALUES):
-            part = slice(first, first + _SUMMED_VALUES)
-            # Double precision, so that how the batch was sliced does not show in the sum.
-            total_n = np.zeros(len(mean_n[part]), dtype=np.float64)
-            for vector_n, weight in zip(vectors, weights, strict=True):
-                total_n += np.multiply(vector_n[part], weight, dtype=np.float64)
-            np.divide(total_n, divisor, out=mean_n[part], casting="same_kind")
+        ends = itertools.accumulate(self._sizes)
+        for (name, parameter), size, end in zip(
+            self._parameters.items(), self._sizes, ends, strict=True
+        ):
+            arrays = [_array_n(payload, name, parameter.shape) for payload in gradients]
+            for first in range(0, size, _SUMMED_VALUES):
+                part = slice(first, min(first + _SUMMED_VALUES, size))
+                # Double precision, so that how the batch was sliced does not show in the sum.
+                total_n = np.zeros(part.stop - part.start, dtype=np.float64)
+                for array_n, weight in zip(arrays, weights, strict=True):
+                    total_n += np.multiply(array_n[part], weight, dtype=np.float64)
+                out_n = mean_n[end - size + part.start : end - size + part.stop]
+                np.divide(total_n, divisor, out=out_n, casting="same_kind")
+        # A value that is not finite leaves none in its sum.
+        if not np.isfinite(mean_n).all():
+            raise InvariantBroken(
+                f"An accepted gradient is not finite in {_not_finite(gradients)}; nothing moved."
+            )
         return mean_n
 
-    def _vector_n(self, payload: GradientPayload) -> Floats:
-        """The values of one accepted gradient."""
-        arrays = []
-        for name, parameter in self._parameters.items():
-            array = payload.gradients.get(name)
-            if array is None or array.shape != parameter.shape:
-                raise InvariantBroken(f"An accepted gradient has no array {name} that fits.")
-            arrays.append(array.reshape(-1))
-        vector_n = np.concatenate(arrays)
-        if not np.isfinite(vector_n).all():
-            name = next(n for n, a in payload.gradients.items() if not np.isfinite(a).all())
-            raise InvariantBroken(f"An accepted gradient is not finite in {name}; nothing moved.")
-        return vector_n
+
+def _array_n(payload: GradientPayload, name: str, shape: torch.Size) -> Floats:
+    """One array of an accepted gradient, flat."""
+    array = payload.gradients.get(name)
+    if array is None or array.shape != shape:
+        raise InvariantBroken(f"An accepted gradient has no array {name} that fits.")
+    return array.reshape(-1)
+
+
+def _not_finite(gradients: Sequence[GradientPayload]) -> str:
+    """The name of an array that is not finite, or of whose sum that is true."""
+    return next(
+        (
+            name
+            for payload in gradients
+            for name, array in payload.gradients.items()
+            if not np.isfinite(array).all()
+        ),
+        "their sum",
+    )
 
 
 def _foreign_state() -> InvalidRequest:

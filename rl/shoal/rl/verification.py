@@ -12,6 +12,7 @@ ground for refusing tokens and log-probabilities that are sound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from shoal.models.engine import OnProgress
 from shoal.models.forward import padded, row_mask
 from shoal.models.policy import Policy
 from shoal.models.sampling import completion_numbers, draw_uniforms_bt
+from shoal.protocol.errors import InvalidRequest
 from shoal.protocol.result import Check, CheckName, Result
 from shoal.protocol.task import EvaluateTask, GradientTask, PromptRef, RolloutTask
 from shoal.rl.batch import (
@@ -117,7 +119,8 @@ def verify_rollout(
     between each claimed log-probability and the recomputed one.
 
     Raises:
-        InvalidRequest: an audit was asked of a policy that holds another adapter.
+        InvalidRequest: an audit was asked of a policy that holds another adapter, or gives no
+            numbers.
     """
     checks = Checklist()
     limits = _limits(policy, task.prompts, task.group_size, task.sampling.max_tokens)
@@ -147,7 +150,7 @@ def audit_rollout(
     Only the model is used, so another thread may make the checks that need none.
 
     Raises:
-        InvalidRequest: ``policy`` does not hold the task's adapter.
+        InvalidRequest: ``policy`` does not hold the task's adapter, or gives no numbers.
     """
     require_version(policy, task.policy)
     payload = found.payload
@@ -177,7 +180,8 @@ def verify_evaluate(
     within ``tolerance`` of it.
 
     Raises:
-        InvalidRequest: an audit was asked of a policy that holds another adapter.
+        InvalidRequest: an audit was asked of a policy that holds another adapter, or gives no
+            numbers.
     """
     checks = Checklist()
     limits = _limits(policy, task.prompts, task.samples_per_prompt, task.max_tokens)
@@ -230,7 +234,8 @@ def verify_gradient(
     adapter, and the gradient is recomputed and encoded with the residual in ``evidence``.
 
     Raises:
-        InvalidRequest: an audit was asked of a policy that holds another adapter.
+        InvalidRequest: an audit was asked of a policy that holds another adapter, or gives no
+            numbers.
     """
     checks = Checklist()
     rows = decode_slice(policy, task, slice_bytes)
@@ -341,7 +346,7 @@ def _audit_logprobs(
             ours_bt, _ = policy.logprobs_bt(rows[part], completions, task.sampling.temperature)
         ours_n = ours_bt.cpu()[row_mask(completions, ours_bt.shape[1])]
         claimed_n = torch.from_numpy(np.concatenate(payload.logprobs[part]))
-        worst = max(worst, float((ours_n - claimed_n).abs().max()))
+        worst = _worse(worst, (ours_n - claimed_n).abs())
     detail = f"recomputed: largest difference {worst:.3g}, {tolerance:g} allowed"
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
 
@@ -367,10 +372,26 @@ def _audit_evaluation(
         else:
             due_bt = draw_uniforms_bt(task.seed, numbers[part], ids_bt.shape[1])
             off_bt = _off_draw_bt(logprobs_btv, ids_bt, torch.from_numpy(due_bt))
-        worst = max(worst, float(off_bt[mask_bt].max()))
+        worst = _worse(worst, off_bt[mask_bt])
     what = "below the likeliest" if greedy else "from the one that had to be drawn"
     detail = f"recomputed: a token was {worst:.3g} {what}, {tolerance:g} allowed"
     checks.record(CheckName.LOGPROBS, worst <= tolerance, detail)
+
+
+def _worse(worst: float, off_n: torch.Tensor) -> float:
+    """The largest of these, and of what was found before.
+
+    Raises:
+        InvalidRequest: what was recomputed is no number; nobody's answer can be judged by it.
+    """
+    found = float(off_n.max())
+    if math.isnan(found):
+        raise InvalidRequest(
+            "The policy gives no numbers for these tokens: its weights have overflowed; lower "
+            "the learning rate.",
+            code="policy_not_finite",
+        )
+    return max(worst, found)
 
 
 def _off_draw_bt(
