@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from discovery_world import KEY, WAIT_S, TableWorld, found, run_in
+from zeroconf import DNSOutgoing, DNSPointer, const
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from shoal.network.discovery import Discovery
@@ -157,11 +158,23 @@ def test_liars_in_the_local_network_are_not_believed() -> None:
                 parsed_addresses=["127.0.0.1"],
             )
             await (await liar.async_register_service(info))
+        # A name of another service under ours: what asks for it as ours raises.
+        stray = DNSOutgoing(const._FLAGS_QR_RESPONSE | const._FLAGS_AA)
+        pointer = DNSPointer(SERVICE, const._TYPE_PTR, const._CLASS_IN, 120, "e._http._tcp.local.")
+        stray.add_answer_at_time(pointer, 0)
+
+        async def shout() -> None:
+            while True:
+                liar.zeroconf.async_send(stray)
+                await asyncio.sleep(0.2)
+
+        shouting = asyncio.create_task(shout())
         announcer = LanAnnouncer(honest, [f"/ip4/127.0.0.1/tcp/4001/p2p/{honest}"], LOOPBACK)
         await announcer.start()
         # Asked for as many as there are, so that every liar is heard out.
         contacts = await nearby(4.0, LOOPBACK, enough=len(entries) + 1)
         assert {c.peer for c in contacts} == {honest}
+        shouting.cancel()
         await announcer.stop()
         await liar.async_unregister_all_services()
         await liar.async_close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -101,7 +102,7 @@ class Ear:
         self.fetched: asyncio.Queue[tuple[BlobRef, Sequence[str]]] = asyncio.Queue()
         self.gate = asyncio.Event()
         self.gate.set()
-        self.fails = False
+        self.failure: Exception | None = None
         self.announcements = Announcements(
             self.network,
             self.time,
@@ -120,8 +121,8 @@ class Ear:
     async def _prefetch(self, ref: BlobRef, sources: Sequence[str]) -> None:
         await self.gate.wait()
         self.fetched.put_nowait((ref, sources))
-        if self.fails:
-            raise Unavailable("Nobody has it.")
+        if self.failure is not None:
+            raise self.failure
 
     def verdict(self, payload: bytes, topic: str = LOTS_TOPIC) -> TopicVerdict:
         return self.announcements.check(topic, DOMAIN, HOME.address, payload)
@@ -322,16 +323,22 @@ def test_of_versions_that_wait_only_the_newest_is_fetched_and_one_at_a_time(
     run(tmp_path, check)
 
 
+@pytest.mark.parametrize(
+    "failure", [Unavailable("Nobody has it."), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_an_adapter_beyond_the_cap_is_not_fetched_and_a_failure_ends_nothing(
-    tmp_path: Path,
+    tmp_path: Path, failure: Exception
 ) -> None:
     async def check(made: Ear) -> None:
         await made.say(POLICIES_TOPIC, policies(policy(1, size_bytes=MAX_ADAPTER_BYTES + 1)))
-        made.fails = True
+        made.failure = failure
+        made.gate.clear()
         for version in (2, 3):
             await made.say(POLICIES_TOPIC, policies(policy(version)))
-            async with asyncio.timeout(WAIT_S):
-                assert (await made.fetched.get())[0] == policy(version).adapter
+        made.gate.set()
+        async with asyncio.timeout(WAIT_S):
+            got = [(await made.fetched.get())[0] for _ in range(2)]
+        assert got == [policy(2).adapter, policy(3).adapter]
 
     run(tmp_path, check)
 

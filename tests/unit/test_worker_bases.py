@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from worker_double import BASE, BASE_FILES, POLICY, MemoryBlobs, OrchestratorDouble, blob
 
+from shoal.protocol.errors import Clock, Expired
 from shoal.protocol.market import TaskKind
 from shoal.protocol.node import OpenJob
 from shoal.worker.bases import BaseKeeper
@@ -87,6 +88,21 @@ def test_two_who_want_the_same_adapter_ask_once(tmp_path: Path) -> None:
         world.blobs.gate.set()
         await coming
         assert world.blobs.fetched == [POLICY.adapter.sha256]
+
+    drive(tmp_path, script)
+
+
+def test_nobody_waits_longer_for_anothers_fetch_than_for_its_own(tmp_path: Path) -> None:
+    async def script(world: World) -> None:
+        world.blobs.gate.clear()
+        materials = Materials(world.directory, world.blobs)
+        patient = asyncio.create_task(materials.prefetch(POLICY.adapter, [], timeout_s=30))
+        await asyncio.sleep(0)
+        with pytest.raises(Expired, match=r"not fetched within 0\.05 s") as raised:
+            await materials.prefetch(POLICY.adapter, [], timeout_s=0.05)
+        assert raised.value.clock is Clock.TRANSFER
+        world.blobs.gate.set()
+        await patient
 
     drive(tmp_path, script)
 

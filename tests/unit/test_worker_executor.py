@@ -205,6 +205,38 @@ def test_a_newer_epoch_of_a_lease_replaces_the_older(tmp_path: Path) -> None:
     drive(tmp_path, script)
 
 
+def test_a_dropped_lease_leaves_its_place_in_the_line_of_fetches(tmp_path: Path) -> None:
+    async def script(world: World) -> None:
+        world.blobs.gate.clear()
+        stuck = [world.executor.accept(world.offer(TaskKind.ROLLOUT, n)) for n in range(4)]
+        await asyncio.sleep(0.05)
+        world.executor.revoke([a.lease.lease_id for a in stuck])
+        # Nobody holds the line now but this one.
+        world.blobs.gate.set()
+        await asyncio.sleep(0.05)
+        assert world.blobs.fetched == []
+        wanted = world.executor.accept(world.offer(TaskKind.ROLLOUT, 9))
+        assert (await world.delivered.get())[0] is wanted
+        assert world.given_back.empty()
+
+    drive(tmp_path, script)
+
+
+def test_waiting_for_others_fetches_ends_with_the_lease(tmp_path: Path) -> None:
+    async def script(world: World) -> None:
+        world.blobs.gate.clear()
+        for number in range(4):
+            world.executor.accept(world.offer(TaskKind.ROLLOUT, number))
+        await asyncio.sleep(0.05)
+        last = world.executor.accept(world.offer(TaskKind.ROLLOUT, 9))
+        world.now_s = last.cutoff_s - 0.1
+        lease_id, cause, detail = await world.given_back.get()
+        assert (lease_id, cause) == (last.lease.lease_id, FailureCause.NOT_FETCHED)
+        assert "behind those of other leases" in detail
+
+    drive(tmp_path, script)
+
+
 def order_of(tmp_path: Path, leases: list[tuple[str, TaskKind]]) -> str:
     """In which order the leases' jobs ran, when all came while another task was computed."""
 

@@ -8,12 +8,14 @@ stranger's claim: it is checked like any other and dialled only by who looks for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable
 from typing import Final
 
 import ifaddr
+from zeroconf import Error as ZeroconfError
 from zeroconf import InterfaceChoice, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
@@ -97,18 +99,23 @@ async def nearby(
     def note(
         zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
-        if state_change is ServiceStateChange.Added and heard.qsize() < _MAX_FOUND:
+        # Anybody may point the service's name at one of another service.
+        is_ours = name.endswith(f".{SERVICE}")
+        if is_ours and state_change is ServiceStateChange.Added and heard.qsize() < _MAX_FOUND:
             heard.put_nowait(name)
 
     browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[note])
     try:
         async with asyncio.timeout(timeout_s):
             while len(found) < min(enough, _MAX_FOUND):
-                info = AsyncServiceInfo(SERVICE, await heard.get())
-                if await info.async_request(zeroconf.zeroconf, _ASK_TIMEOUT_MS):
-                    contact = _contact_of(info)
-                    if contact is not None:
-                        found[contact.peer] = contact
+                name = await heard.get()
+                # What is wrong with one name must not hide the others.
+                with contextlib.suppress(ZeroconfError, ValueError):
+                    info = AsyncServiceInfo(SERVICE, name)
+                    if await info.async_request(zeroconf.zeroconf, _ASK_TIMEOUT_MS):
+                        contact = _contact_of(info)
+                        if contact is not None:
+                            found[contact.peer] = contact
     except TimeoutError:
         pass
     finally:

@@ -164,7 +164,7 @@ class Announcements:
             adapter, sources = self._waiting.pop(job_id)
             try:
                 await self._interests.prefetch(adapter, sources)
-            except ShoalError as error:
+            except (ShoalError, OSError) as error:
                 log_failure("not_fetched_ahead", error, job_id=job_id)
 
     async def _on_certificates(self, greeting: HelloReply, _: PeerId, payload: bytes) -> None:

@@ -45,6 +45,7 @@ class Assignment:
         running: Whether it is being computed, or was.
         computed: Whether the result is ready, and perhaps on its way.
         stop: Set when the work is to end, whatever the reason.
+        preparing: Fetches its bytes.
         fetched: Set when its bytes are here, or never will be.
         over: Set when the lease is no longer held.
     """
@@ -58,6 +59,7 @@ class Assignment:
     running: bool = False
     computed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    preparing: asyncio.Task[None] | None = None
     fetched: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -174,7 +176,7 @@ class Executor:
             first_step=self._steps,
         )
         self._held[assignment.lease.lease_id] = assignment
-        self._start(self._prepare(assignment))
+        assignment.preparing = self._start(self._prepare(assignment), name="prepare")
         return assignment
 
     def revoke(self, lease_ids: Iterable[str]) -> None:
@@ -261,11 +263,7 @@ class Executor:
 
     async def _prepare(self, assignment: Assignment) -> None:
         try:
-            async with self._fetches:
-                left_s = assignment.cutoff_s - self._monotonic_s()
-                inputs = await self._materials.gather(
-                    assignment.offer.task, self.sources, timeout_s=max(left_s, 0.0)
-                )
+            inputs = await self._fetch(assignment)
         except Exception as error:  # one bad task must not end the worker
             self._fail(assignment, "fetch_failed", error, fetching=True)
             return
@@ -273,6 +271,26 @@ class Executor:
         assignment.inputs = inputs
         assignment.fetched.set()
         self._has_ready.set()
+
+    async def _fetch(self, assignment: Assignment) -> TaskInput:
+        def left_s() -> float:
+            return max(assignment.cutoff_s - self._monotonic_s(), 0.0)
+
+        try:
+            async with asyncio.timeout(left_s()):
+                await self._fetches.acquire()
+        except TimeoutError:
+            raise Expired(
+                f"The bytes of the lease {assignment.lease.lease_id} waited until its end behind "
+                "those of other leases; give the worker less capacity or a quicker line.",
+                clock=Clock.TRANSFER,
+            ) from None
+        try:
+            return await self._materials.gather(
+                assignment.offer.task, self.sources, timeout_s=left_s()
+            )
+        finally:
+            self._fetches.release()
 
     async def _compute(self, assignment: Assignment, inputs: TaskInput) -> None:
         def step() -> None:
@@ -342,6 +360,9 @@ class Executor:
     def _drop(self, assignment: Assignment, why: str) -> None:
         assignment.stop.set()
         _log("lease_dropped", assignment, reason=why)
+        if assignment.preparing is not None:
+            # Others' bytes wait for its place in the line.
+            assignment.preparing.cancel()
         self._forget(assignment)
 
     def _forget(self, assignment: Assignment) -> None:
@@ -354,10 +375,11 @@ class Executor:
         if self._held.get(assignment.lease.lease_id) is assignment:
             del self._held[assignment.lease.lease_id]
 
-    def _start(self, work: Coroutine[object, object, None], name: str = "prepare") -> None:
+    def _start(self, work: Coroutine[object, object, None], *, name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _log_failure(event: str, error: Exception, assignment: Assignment) -> None:

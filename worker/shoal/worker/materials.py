@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from shoal.models.base import require_allowed_files
 from shoal.protocol.blob import BlobRef
 from shoal.protocol.canonical import digest_of
-from shoal.protocol.errors import PeerFault
+from shoal.protocol.errors import Clock, Expired, PeerFault
 from shoal.protocol.ids import Digest
 from shoal.protocol.policy import BaseModelRef, ModelFile
 from shoal.protocol.task import GradientTask
@@ -103,6 +103,19 @@ class Materials:
         await self._adapter(ref, sources, timeout_s)
 
     async def _adapter(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
+        try:
+            # The wait for whoever fetches it already counts, whose own clock may be longer.
+            async with asyncio.timeout(timeout_s) as clock:
+                return await self._adapter_once(ref, sources, timeout_s)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise Expired(
+                f"The adapter {ref.sha256} was not fetched within {timeout_s:g} s.",
+                clock=Clock.TRANSFER,
+            ) from None
+
+    async def _adapter_once(self, ref: BlobRef, sources: Sequence[str], timeout_s: float) -> bytes:
         # A task and the news of its policy version may want the same adapter; it is asked for once.
         async with self._adapter_locks.setdefault(ref.sha256, asyncio.Lock()):
             cached = self._adapters.get(ref.sha256)
