@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from discovery_world import KEY, WAIT_S, TableWorld, found, run_in
-from zeroconf import DNSOutgoing, DNSPointer, const
+from zeroconf import const
+from zeroconf._dns import DNSPointer
+from zeroconf._protocol.outgoing import DNSOutgoing
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from shoal.network.discovery import Discovery

@@ -157,6 +157,45 @@ def test_a_missing_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert "cannot be read" in capsys.readouterr().err
 
 
+HUGE = "9" * 5_000
+JOB = str(Path(__file__).parents[2] / "examples" / "addition.toml")
+SOMEBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWGRUfCBWvPAfsaL3HdvLbZ8WrQAvzuX8WJtQKdZiqWyMR"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("submit --dry-run huge.toml", "huge.toml is not valid TOML"),
+        (f"submit --dry-run {JOB} --set seed={HUGE}", "seed"),
+        (f"plan {JOB} --pool huge.toml", "huge.toml is not valid TOML"),
+        (f"plan {JOB} --model deep.json", "deep.json is not JSON"),
+        (f"plan {JOB} --completion-tokens nan", "'nan' is no finite number"),
+        (f"plan {JOB} --teaching-share nan", "'nan' is no finite number"),
+        (f"cancel 0x{'a' * 64} --url http://127.0.0.1:1 --key deep.json", "is not a V3 keystore"),
+        ("orchestrate --dry-run --config huge.toml", "huge.toml is not TOML"),
+        (f"worker join {SOMEBODY} --config huge.toml --data-dir w", "cannot be read as TOML"),
+        ("worker join http://[::1 --data-dir w", "'http://[::1' is neither an address"),
+        (f"worker join {SOMEBODY} --data-dir deep.json/w", "cannot be written: Not a directory"),
+        ("worker status --data-dir deep.json", "cannot be read: Not a directory"),
+    ],
+)
+def test_hostile_input_ends_in_one_sentence(tmp_path: Path, arguments: str, sentence: str) -> None:
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "huge.toml").write_text(f"seed = {HUGE}\n")
+    # As a process: the worker's and the orchestrator's commands replace the client's.
+    ended = subprocess.run(
+        [sys.executable, "-m", "shoal.client", *arguments.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    *log, told = ended.stderr.splitlines()
+    assert sentence in told
+    assert all(line.startswith("{") for line in log), log
+    assert ended.returncode in {2, 3}
+
+
 def test_a_malformed_head(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.json"
     assert command.run(["provenance", "verify", str(bundle), "--head", "0x12"]) == 3

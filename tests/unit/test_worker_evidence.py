@@ -93,13 +93,15 @@ def test_a_job_whose_receipt_found_no_room_is_still_known_to_owe(
     assert book.open_jobs() == (JOB_ID,)
 
 
-def test_damaged_books_cost_what_was_damaged_and_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", ["{", "[]", "1"])
+def test_damaged_books_cost_what_was_damaged_and_no_more(tmp_path: Path, jobs: str) -> None:
     book = EvidenceBook(tmp_path)
     book.keep_receipt(receipt())
     assert book.keep_verdict(verdict())
     path = tmp_path / "verdicts.jsonl"
-    path.write_text('{"verdict": {"rec' + path.read_text() + path.read_text())
-    (tmp_path / "jobs.json").write_text("{")
+    whole = path.read_text()
+    path.write_text('{"verdict": {"rec' + whole + '{"b":1}\n[]\n' + whole)
+    (tmp_path / "jobs.json").write_text(jobs)
     again = EvidenceBook(tmp_path)
     assert not again.keep_verdict(verdict())
     assert again.earned_micros == book.earned_micros

@@ -63,7 +63,7 @@ def parse_job(text: str, source: str, overrides: Sequence[str] = ()) -> JobSpec:
     """
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{source} is not valid TOML: {error}.", code="invalid_toml") from None
     for override in overrides:
         _apply_override(document, override)
@@ -318,7 +318,7 @@ def _override_value(raw: str) -> Any:
     """``raw`` as a TOML value, or as the text it is."""
     try:
         parsed = tomllib.loads(f"value = {raw}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return raw.strip()
     return parsed["value"] if len(parsed) == 1 else raw.strip()
 

@@ -41,7 +41,7 @@ def parse_pool(text: str, source: str) -> Pool:
     """
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{source} is not valid TOML: {error}.", code="invalid_toml") from None
     _check_known(document, "", _TABLES, source)
     learner = document.get("orchestrator", {})

@@ -162,7 +162,7 @@ def load_config(file: Path | None, overrides: Mapping[str, object]) -> Orchestra
             values = tomllib.loads(file.read_text())
         except OSError as error:
             raise InvalidRequest(f"The configuration {file} cannot be read: {error}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"The configuration {file} is not TOML: {error}.") from None
     values |= _from_environment(os.environ)
     values |= {key: value for key, value in overrides.items() if value is not None}

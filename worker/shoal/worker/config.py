@@ -299,7 +299,7 @@ def _from_file(file: Path | None) -> dict[str, Any]:
         raise InvalidRequest(
             f"There is no configuration file at {file}; name an existing one.", code="no_config"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"{file} cannot be read as TOML: {error}.", code="bad_config"
         ) from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from shoal.market.fault import BidDrop, ReceiptedBid
 from shoal.protocol.canonical import parse_json
@@ -16,6 +16,8 @@ from shoal.protocol.result import Receipt, Verdict
 from shoal.protocol.sealing import BookSeal
 from shoal.protocol.signing import Signed
 from shoal.worker.events import log_event
+
+_T = TypeVar("_T")
 
 _MAX_PENDING: Final = 4096
 _MAX_LINE_BYTES: Final = 4 << 20
@@ -42,10 +44,9 @@ class EvidenceBook:
         self._judged: set[tuple[str, int]] = set()
         self.earned_micros = 0
         """Pay of every accepted result whose verdict is here."""
-        for line in _lines(directory / "verdicts.jsonl"):
-            record = line["verdict"]["record"]
-            self._judged.add((record["lease_id"], record["lease_epoch"]))
-            self.earned_micros += record["pay_micros"] if record["accepted"] else 0
+        for lease, pay_micros in _lines(directory / "verdicts.jsonl", _judgement):
+            self._judged.add(lease)
+            self.earned_micros += pay_micros
         self._jobs = _read_jobs(directory)
 
     def keep_bid(self, bid: ReceiptedBid) -> None:
@@ -137,14 +138,21 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
 
 
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The whole lines of the file; a damaged one costs itself alone."""
+def _judgement(line: Any) -> tuple[tuple[str, int], int]:
+    """The lease and epoch that a line of ``verdicts.jsonl`` judges, and what it pays."""
+    record = line["verdict"]["record"]
+    pay_micros = int(record["pay_micros"]) if record["accepted"] else 0
+    return (str(record["lease_id"]), int(record["lease_epoch"])), pay_micros
+
+
+def _lines(path: Path, read: Callable[[Any], _T]) -> Iterable[_T]:
+    """What ``read`` makes of the lines of the file; a damaged one costs itself alone."""
     if path.exists():
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield parse_json(line)
-                except ValueError:
+                    yield read(parse_json(line))
+                except (ValueError, KeyError, TypeError):
                     log_event("line_damaged", logging.WARNING, path=str(path), line=number)
 
 
@@ -152,11 +160,10 @@ def _read_jobs(directory: Path) -> dict[str, bool]:
     """The jobs worked for, and whether each is settled; by the receipts where that is lost."""
     path = directory / "jobs.json"
     try:
-        jobs: dict[str, bool] = parse_json(path.read_bytes())
+        return {job_id: bool(settled) for job_id, settled in parse_json(path.read_bytes()).items()}
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, AttributeError):
         log_event("jobs_damaged", logging.WARNING, path=str(path))
-        receipts = _lines(directory / "receipts.jsonl")
-        return {line["record"]["job_id"]: False for line in receipts}
-    return jobs
+        worked = _lines(directory / "receipts.jsonl", lambda line: str(line["record"]["job_id"]))
+        return dict.fromkeys(worked, False)

@@ -202,7 +202,7 @@ class StatusFile:
 
     def is_claimed(self) -> bool:
         """Whether a worker that runs has the file."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 return not _locked(descriptor)

@@ -131,13 +131,20 @@ def require_address(text: str) -> None:
     Raises:
         InvalidRequest: it is neither a libp2p address nor an http(s) URL.
     """
-    if not text.startswith("/") and urlsplit(text).scheme not in {"http", "https"}:
+    if not text.startswith("/") and not _is_http(text):
         raise InvalidRequest(
             f"The orchestrator {text!r} is neither an address like "
             "/ip4/192.0.2.1/tcp/4001/p2p/12D3… nor a URL like https://example.org; "
             "copy one from the orchestrator's start-up lines.",
             code="bad_orchestrator",
         )
+
+
+def _is_http(text: str) -> bool:
+    try:
+        return urlsplit(text).scheme in {"http", "https"}
+    except ValueError:  # an IPv6 address without its second bracket
+        return False
 
 
 async def find_addresses(orchestrator: str, *, timeout_s: float = _LONG_S) -> tuple[str, ...]:

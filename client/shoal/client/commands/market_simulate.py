@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from shoal.client.commands.options import output_option
+from shoal.client.commands.options import FiniteRange, output_option
 from shoal.client.output import Output
 
-_SHARE = click.FloatRange(min=0, max=1)
+_SHARE = FiniteRange(min=0, max=1)
 
 
 @dataclass(frozen=True, kw_only=True)

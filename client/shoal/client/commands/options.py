@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,19 @@ import click
 from shoal.client.output import Output
 
 _C = TypeVar("_C", bound=Callable[..., Any])
+
+
+class FiniteRange(click.FloatRange):
+    """A number within a range, as `click.FloatRange`, but never ``nan`` nor ``inf``."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """``value`` as a number; the command's user hears why it is none."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
 
 
 def output_option(command: _C) -> _C:

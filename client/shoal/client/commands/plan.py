@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shoal.client.commands.options import output_option
+from shoal.client.commands.options import FiniteRange, output_option
 from shoal.client.output import Output
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ def _guess_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--prompt-tokens", type=click.IntRange(min=1), help="Length of a prompt.")
     @click.option(
         "--completion-tokens",
-        type=click.FloatRange(min=1),
+        type=FiniteRange(min=1),
         help="Mean length of a completion; sampling.max_tokens when absent.",
     )
     @click.option(
         "--teaching-share",
-        type=click.FloatRange(min=0, max=1, min_open=True),
+        type=FiniteRange(min=0, max=1, min_open=True),
         default=1.0,
         show_default=True,
         help="Share of groups whose rewards differ.",

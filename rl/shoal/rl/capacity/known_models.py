@@ -7,10 +7,10 @@ built-in models are those of `shoal.models.tiny`.
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
+from shoal.protocol.canonical import parse_json
 from shoal.protocol.errors import InvalidRequest, NotFound
 from shoal.rl.capacity.architecture import ModelShape, shape_from_config
 
@@ -133,8 +133,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if len(data) > _MAX_CONFIG_BYTES:
         raise InvalidRequest(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes.")
     try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):
+        config = parse_json(data)
+    except ValueError:
         raise InvalidRequest(
             f"{path} is not JSON; give the config.json of the model.", code="bad_config"
         ) from None
