@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -95,25 +96,28 @@ def test_a_job_nobody_paid_for_yet_holds_no_room(tmp_path: Path, base: str) -> N
     run(scenario)
 
 
-def test_a_job_that_arrives_holds_up_no_update(
+def test_a_job_whose_model_takes_long_holds_up_nothing_else(
     tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         async with open_lab(tmp_path, allow_local_models=True) as lab:
             downloading, done = threading.Event(), threading.Event()
 
-            def slowly(*args: Any, **options: Any) -> Path:
-                downloading.set()
-                done.wait(TIMEOUT_S)
-                return fetch_base(*args, **options)
+            def slowly(model: str, *args: Any, **options: Any) -> Path:
+                if model == base:
+                    downloading.set()
+                    done.wait(TIMEOUT_S)
+                return fetch_base(model, *args, **options)
 
             monkeypatch.setattr(intake, "fetch_base", slowly)
-            submitting = asyncio.create_task(
-                Desk(lab, base).intake.submit(lab.make_job(model=base))
-            )
+            other = str(shutil.copytree(base, tmp_path / "other"))
+            desk = Desk(lab, base)
+            submitting = asyncio.create_task(desk.intake.submit(desk.job()))
             await asyncio.to_thread(downloading.wait, TIMEOUT_S)
             async with asyncio.timeout(TIMEOUT_S):
                 await lab.context.computed(lambda: None)
+                quick = await desk.intake.submit(desk.job(model=other))
+            assert quick.state == JobState.FUNDING.value
             assert not submitting.done()
             done.set()
             assert (await submitting).state == JobState.FUNDING.value

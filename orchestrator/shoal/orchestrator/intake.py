@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from weakref import WeakValueDictionary
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -26,6 +27,8 @@ from shoal.rl.prompts import eval_prompts
 _log = logging.getLogger(__name__)
 
 ESCROW_PERIOD_S = 7 * 24 * 3600
+_PREPARED_AT_ONCE = 3
+"""Below the least number of threads that asyncio has for everything that may take long."""
 _FUNDING_POLL_S = 0.5
 """At the latest after so long an escrow is looked for again."""
 _FIRST_LOOK_S = 0.03
@@ -43,7 +46,8 @@ class Intake:
         self._context = context
         self._journal = journal
         self._start = start
-        self._preparing = asyncio.Lock()
+        self._models: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._room = asyncio.Semaphore(_PREPARED_AT_ONCE)
         self._may_wait = asyncio.Event()
         self._may_wait.set()
 
@@ -56,7 +60,8 @@ class Intake:
         """
         job = signed.record
         signed.require_signer(self._context.domain, job.requester)
-        async with self._preparing:
+        # In turn, so that nothing is downloaded twice at once; other models wait for none of it.
+        async with self._models.setdefault(job.spec.model, asyncio.Lock()), self._room:
             known = await self.find(job.job_id())
             return await self._admit(signed) if known is None else known
 
